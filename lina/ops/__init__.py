@@ -1,0 +1,28 @@
+"""lina's operators: gate, sort, experts, combine, and moe, which is the last three in one autograd node.
+
+Each has a CPU and a CUDA kernel (``torch.ops.lina.*``), a contract in ``csrc/ops/<op>.h`` and a definition in
+plain PyTorch in ``lina.reference``.
+"""
+
+from lina.ops.combine import combine
+from lina.ops.experts import ACTIVATIONS, GATED, experts
+from lina.ops.gate import Routing, balance_loss, gate, jitter, update_bias
+from lina.ops.moe import moe
+from lina.ops.once import once
+from lina.ops.sort import Rows, sort
+
+__all__ = [
+    "ACTIVATIONS",
+    "GATED",
+    "Routing",
+    "Rows",
+    "balance_loss",
+    "combine",
+    "experts",
+    "gate",
+    "jitter",
+    "moe",
+    "once",
+    "sort",
+    "update_bias",
+]

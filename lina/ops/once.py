@@ -1,0 +1,48 @@
+"""Backward passes that refuse to be differentiated themselves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def once(backward: Callable) -> Callable:
+    """Makes ``backward(ctx, saved, *grads)`` the backward of an autograd.Function; a gradient of it raises.
+
+    ``torch.autograd.function.once_differentiable`` looks at the incoming gradients alone: where these do not
+    require grad it drops what depends on the saved tensors in silence. Here both count.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            out = backward(ctx, saved, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return out  # torch.compile refuses a second derivative itself
+        sources = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
+        found = [i for i, t in enumerate(out) if t is not None]
+        if not sources or not found:
+            return out
+        refusing = iter(_Refuse.apply(type(ctx).__name__, len(found), *(out[i] for i in found), *sources))
+        return tuple(next(refusing) if t is not None else None for t in out)
+
+    return wrapper
+
+
+class _Refuse(torch.autograd.Function):
+    """Passes gradients on, tied to what they depend on."""
+
+    @staticmethod
+    def forward(ctx, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name.strip("_").removesuffix("Backward").lower()
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_grads: Tensor) -> None:
+        raise RuntimeError(
+            f"lina: {ctx.name} is differentiable once; a gradient of its gradient is not supported"
+        )

@@ -1,0 +1,44 @@
+"""Markers, the device fixture, and what a machine without a GPU means."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(__file__))  # tests import `helpers`
+
+MARKERS = (
+    "gpu: needs a CUDA GPU; skipped without one, but failed if asked for by -m gpu",
+    "slow: takes more than ten seconds",
+    "multi: starts several processes",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
+def _asks_for_gpu(config: pytest.Config) -> bool:
+    """True for ``-m gpu`` and expressions with it, not for ``-m 'not gpu'``."""
+    expression = config.getoption("markexpr") or ""
+    words = expression.replace("(", " ").replace(")", " ").split()
+    return any(word == "gpu" and (i == 0 or words[i - 1] != "not") for i, word in enumerate(words))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    reason = "no CUDA GPU: torch.cuda.is_available() is False"
+    if _asks_for_gpu(item.config):
+        pytest.fail(f"-m gpu was asked for, but there is {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test that takes it runs on the CPU and on the GPU."""
+    return request.param

@@ -1,0 +1,162 @@
+"""experts as a node of its own, and its raw operators: layouts, indices, errors, leaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lina import ops, reference
+
+from helpers import OPCHECKS, assert_no_double_backward, assert_repeatable, float_dtypes, generator
+from moe_case import NAMES, Case, ids, tensors
+
+OPTIONS = 0, False, 1.702, 7.0  # swiglu, gates first, alpha, limit
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["sum", "weighted"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_parts_match_reference(device, activation, weighted):
+    # Absent pairs leave rows of y unspecified; expert 4 has no row; D is a multiple of 8, F is not.
+    expert = ids([0, 1], [2, -1], [-1, -1], [3, 0], [1, 0], [2, 2], [3, 1])
+    for dtype in float_dtypes(device):
+        case = Case(7, 16, 12, 5, 2, dtype, device, activation=activation, expert=expert)
+        case.check(case.run_parts(weighted=weighted), weighted)
+
+
+@pytest.mark.parametrize("T", [0, 1, 50])
+def test_parts_shapes(device, T):
+    for dtype in float_dtypes(device):
+        case = Case(T, 8, 16, 6, 3, dtype, device, transposed=True)
+        case.check(case.run_parts())
+
+
+def test_unspecified_rows_do_not_leak(device):
+    """NaN gradients of rows that belong to no pair reach no result."""
+    expert = ids([0, -1], [1, -1], [-1, 3], [-1, -1])
+    for dtype in float_dtypes(device):
+        case = Case(4, 8, 8, 4, 2, dtype, device, expert=expert)
+        v, rows = case.low, ops.sort(case.expert, 4)
+        y = ops.experts(v["x"], rows, v["w_up"], v["w_down"], b_up=v["b_up"], b_down=v["b_down"])
+        dy = torch.randn(8, 8, generator=generator(3)).to(device=device, dtype=dtype)
+        leaves = [v[n] for n in NAMES if n != "weight"]
+        want = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        dy[3:] = float("nan")  # three pairs are present
+        for got, ref in zip(torch.autograd.grad(y, leaves, dy), want, strict=True):
+            assert torch.equal(got, ref)
+
+
+def test_repeatable(device):
+    case = Case(65, 24, 16, 4, 2, torch.bfloat16, device)
+    assert_repeatable(lambda: tensors(case, case.run_parts()))
+
+
+def test_no_grad_and_autocast(device):
+    case, low = Case(9, 16, 8, 4, 2, torch.float32, device), Case(9, 16, 8, 4, 2, torch.bfloat16, device)
+    with torch.no_grad():
+        assert torch.equal(case.run_parts(), case.run_parts())
+        with torch.autocast(device, torch.bfloat16):
+            got = case.run_parts(weighted=False)
+        assert got.dtype == torch.bfloat16 and torch.equal(got, low.run_parts(weighted=False))
+
+
+def test_gradcheck():
+    case = Case(4, 3, 2, 3, 2, torch.float64, expert=ids([0, 1], [2, 0], [1, -1], [2, 1]))
+
+    def run(*values):
+        case.low = dict(zip(NAMES, values, strict=True))
+        return case.run_parts()
+
+    assert torch.autograd.gradcheck(run, [case.low[n] for n in NAMES])
+
+
+def test_double_backward_raises(device):
+    case = Case(5, 8, 8, 4, 2, torch.float32, device)
+    assert_no_double_backward(case.run_parts(), case.low["x"])
+    (grad,) = torch.autograd.grad(case.run_parts(weighted=False).sum(), case.low["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="lina: experts is differentiable once"):
+        grad.sum().backward()
+
+
+def test_compile_fullgraph(device):
+    case = Case(12, 16, 8, 4, 2, torch.bfloat16, device)
+    want = tensors(case, case.run_parts())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: case.run_parts(), fullgraph=True, backend="aot_eager")
+    for got, ref in zip(tensors(case, compiled()), want, strict=True):
+        assert torch.equal(got, ref)
+
+
+def raw(case):
+    """Detached inputs, sorted rows and saved h."""
+    v = {n: t.detach() for n, t in case.low.items()}
+    rows = ops.sort(case.expert, v["w_up"].shape[0])
+    _, h = torch.ops.lina.experts_fwd(
+        v["x"],
+        rows.offset_E1,
+        rows.row_pair_N,
+        v["w_up"],
+        None,
+        v["w_down"],
+        None,
+        case.expert.shape[1],
+        *OPTIONS,
+        True,
+    )
+    return v, rows, h
+
+
+@pytest.mark.parametrize("dtype, transposed", [(torch.float32, True), (torch.bfloat16, False)])
+def test_opcheck(device, dtype, transposed):
+    case = Case(6, 16, 8, 4, 2, dtype, device, transposed=transposed)
+    v, rows, h = raw(case)
+    torch.library.opcheck(
+        torch.ops.lina.experts_fwd,
+        (
+            v["x"],
+            rows.offset_E1,
+            rows.row_pair_N,
+            v["w_up"],
+            v["b_up"],
+            v["w_down"],
+            v["b_down"],
+            2,
+            *OPTIONS,
+            True,
+        ),
+        test_utils=OPCHECKS,
+    )
+    torch.library.opcheck(
+        torch.ops.lina.experts_bwd,
+        (
+            case.dout.to(device=device, dtype=dtype),
+            v["weight"],
+            v["x"],
+            h,
+            *rows,
+            v["w_up"],
+            v["w_down"],
+            v["b_down"],
+            *OPTIONS,
+            63,
+        ),
+        test_utils=OPCHECKS,
+    )
+
+
+def test_fake_layouts(device):
+    """The fake's shapes, dtypes and strides are the operator's, for every need and layout."""
+    from torch._subclasses import FakeTensorMode
+
+    for transposed in (False, True):
+        v, rows, h = raw(Case(6, 16, 8, 4, 2, torch.float32, device, transposed=transposed))
+        gapped = torch.zeros(4, 16, 32, device=device)[..., :16]  # dense rows, with gaps between them
+        for w_up in (v["w_up"], gapped, gapped[..., ::2].repeat_interleave(2, -1).permute(0, 2, 1)):
+            for need in (0, 1, 63, 0b000100, 0b101010):
+                args = (v["x"], v["weight"], v["x"], h, *rows, w_up, v["w_down"], None, *OPTIONS, need)
+                real = torch.ops.lina.experts_bwd(*args)
+                with FakeTensorMode() as mode:
+                    fake = torch.ops.lina.experts_bwd(
+                        *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+                    )
+                for r, f in zip(real, fake, strict=True):
+                    assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())

@@ -1,0 +1,164 @@
+"""Errors of the raw experts operators: text, and no reference left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_experts import OPTIONS, raw
+
+from lina import ops
+
+from moe_case import Case
+
+
+def uses(t):
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+
+
+FWD = (
+    "x",
+    "offset",
+    "row_pair",
+    "w_up",
+    "b_up",
+    "w_down",
+    "b_down",
+    "k",
+    "activation",
+    "interleaved",
+    "alpha",
+    "limit",
+    "save",
+)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(x=torch.zeros(6)), "experts: x has 1 dimensions, must have 2"),
+        (dict(x=torch.zeros(6, 16, dtype=torch.int64)), "experts: x is of int64"),
+        (dict(w_up=torch.zeros(4, 16, 16).half()), "experts: w_up is of float16, must be one of float32"),
+        (dict(w_up=torch.zeros(4, 15, 16)), r"experts: w_up.shape\[1\] is 15, must be 16"),
+        (dict(w_down=torch.zeros(4, 16, 0)), "F = 0, must be at least 1"),
+        (dict(w_down=torch.zeros(3, 16, 8)), r"w_down.shape\[0\] is 3, must be 4"),
+        (dict(w_up=torch.zeros(0, 16, 16)), r"w_up.shape\[0\] \(experts\) is 0, must be 1 to 1024"),
+        (dict(b_up=torch.zeros(4, 8)), r"b_up.shape\[1\] is 8, must be 16"),
+        (dict(b_down=torch.zeros(4)), "b_down has 1 dimensions, must have 2"),
+        (dict(offset=torch.zeros(4, dtype=torch.int32)), r"offset.shape\[0\] is 4, must be 5"),
+        (
+            dict(offset=torch.tensor([0, 9, 3, 3, 12], dtype=torch.int32)),
+            r"offset\[2\] is 3, must rise from 0",
+        ),
+        (
+            dict(offset=torch.tensor([0, 1, 2, 3, 13], dtype=torch.int32)),
+            r"offset\[4\] is 13, must rise from 0 to at most",
+        ),
+        (dict(offset=torch.tensor([1, 1, 2, 3, 4], dtype=torch.int32)), r"offset\[0\] is 1"),
+        (dict(row_pair=torch.full((12,), 12, dtype=torch.int32)), r"row_pair\[0\] is 12, must be 0 to 11"),
+        (dict(row_pair=torch.full((12,), -1, dtype=torch.int32)), r"row_pair\[0\] is -1"),
+        (dict(row_pair=torch.zeros(11, dtype=torch.int32)), r"row_pair.shape\[0\] is 11, must be 12"),
+        (dict(row_pair=torch.zeros(12)), "row_pair is of float32, must be one of int32"),
+        (dict(k=0), "k is 0 with 6 tokens"),
+        (dict(k=2**40), "k is 1099511627776 with 6 tokens, must be at least 1 and their product below 2"),
+        (dict(activation=7), "activation is -1, must be 0 to 6"),
+    ],
+    ids=lambda v: "+".join(v) if isinstance(v, dict) else None,
+)
+def test_forward_errors(change, text):
+    """Each error names operator, argument, value and limit, and leaves no reference behind."""
+    v, rows, _ = raw(Case(6, 16, 8, 4, 2))
+    good = dict(
+        zip(
+            FWD,
+            (
+                v["x"],
+                rows.offset_E1,
+                rows.row_pair_N,
+                v["w_up"],
+                v["b_up"],
+                v["w_down"],
+                v["b_down"],
+                2,
+                *OPTIONS,
+                True,
+            ),
+            strict=True,
+        )
+    )
+    args = tuple({**good, **change}.values())
+    held = [t for t in args if isinstance(t, torch.Tensor)]
+    before = [uses(t) for t in held]
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.lina.experts_fwd(*args)
+    assert [uses(t) for t in held] == before
+
+
+BWD = (
+    "dy",
+    "weight",
+    "x",
+    "h",
+    "offset",
+    "row_pair",
+    "pair_row",
+    "w_up",
+    "w_down",
+    "b_down",
+    "activation",
+    "interleaved",
+    "alpha",
+    "limit",
+    "need",
+)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(dy=torch.zeros(12, 16)), r"experts_bwd: dy.shape\[0\] is 12, must be 6"),
+        (dict(weight=None), r"dy.shape\[0\] is 6, must be 12"),
+        (dict(weight=None, dy=torch.zeros(12, 16)), "need asks for dweight, but weight is None"),
+        (dict(weight=torch.zeros(6, 2).half()), "weight is of float16, must be one of float32"),
+        (dict(h=torch.zeros(0, 16)), r"h.shape\[0\] is 0, must be 12"),
+        (dict(pair_row=torch.full((6, 2), 12, dtype=torch.int32)), r"pair_row\[0\] is 12, must be -1 to 11"),
+        (dict(pair_row=torch.zeros(5, 2, dtype=torch.int32)), r"pair_row.shape\[0\] is 5, must be 6"),
+        (dict(b_down=torch.zeros(4, 8)), r"b_down.shape\[1\] is 8, must be 16"),
+        (dict(need=64), "need is -1, must be 0 to 63"),
+    ],
+    ids=lambda v: "+".join(v) if isinstance(v, dict) else None,
+)
+def test_backward_errors(change, text):
+    v, rows, h = raw(Case(6, 16, 8, 4, 2))
+    good = dict(
+        zip(
+            BWD,
+            (
+                torch.zeros(6, 16),
+                v["weight"],
+                v["x"],
+                h,
+                *rows,
+                v["w_up"],
+                v["w_down"],
+                v["b_down"],
+                *OPTIONS,
+                63,
+            ),
+            strict=True,
+        )
+    )
+    args = tuple({**good, **change}.values())
+    held = [t for t in args if isinstance(t, torch.Tensor)]
+    before = [uses(t) for t in held]
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.lina.experts_bwd(*args)
+    assert [uses(t) for t in held] == before
+
+
+def test_rows_of_another_sort():
+    case = Case(6, 16, 8, 4, 2)
+    v = case.low
+    with pytest.raises(ValueError, match="rows were sorted for 5 experts, w_up has 4"):
+        ops.experts(v["x"], ops.sort(case.expert, 5), v["w_up"], v["w_down"])
+    with pytest.raises(ValueError, match="rows are of 5 tokens, x_TD has 6"):
+        ops.experts(v["x"], ops.sort(case.expert[:5], 4), v["w_up"], v["w_down"])
