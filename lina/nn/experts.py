@@ -1,0 +1,77 @@
+"""The experts of one layer: weights, and the way from routed tokens to their sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lina import ops, parallel
+
+
+class Experts(nn.Module):
+    """``count`` feed-forward networks, all of them here or spread over ``mesh["ep"]``.
+
+    Parameters (U = 2F for gated activations, else F; L = ``local`` experts):
+        w_up [L, U, D]: gate rows then up rows, or alternating if ``interleaved``.
+        w_down [L, D, F];  with ``bias`` also b_up [L, U] and b_down [L, D].
+
+    With a mesh, the rank with coordinate r of dimension "ep" holds the experts from r * L to
+    (r + 1) * L, as plain local parameters. Initial weights are drawn expert by expert, so that
+    one seed gives one model whatever the number of ranks.
+
+    Raises:
+        ValueError: unknown activation, or ``count`` not divisible by the size of "ep".
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, count: int, *, activation: str = "swiglu",
+                 bias: bool = False, interleaved: bool = False, alpha: float = 1.702,
+                 limit: float = 7.0, mesh: DeviceMesh | None = None,
+                 device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if activation not in ops.ACTIVATIONS:
+            raise ValueError(f"Experts: activation is {activation!r}, must be one of {ops.ACTIVATIONS}")
+        self.dim, self.ffn_dim, self.count, self.mesh = dim, ffn_dim, count, mesh
+        self.local = count if mesh is None else parallel.local_count(count, mesh)
+        self.options: dict[str, Any] = dict(activation=activation, interleaved=interleaved,
+                                            alpha=alpha, limit=limit)
+        U = 2 * ffn_dim if activation in ops.GATED else ffn_dim
+        where = dict(device=device, dtype=dtype)
+        self.w_up = nn.Parameter(torch.empty(self.local, U, dim, **where))
+        self.w_down = nn.Parameter(torch.empty(self.local, dim, ffn_dim, **where))
+        self.b_up = nn.Parameter(torch.empty(self.local, U, **where)) if bias else None
+        self.b_down = nn.Parameter(torch.empty(self.local, dim, **where)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        first = 0 if self.mesh is None else parallel.ep_rank(self.mesh) * self.local
+        for weight in (self.w_up, self.w_down):
+            with torch.no_grad():
+                spare = torch.empty_like(weight[0])
+                for e in range(self.count):
+                    mine = first <= e < first + self.local
+                    nn.init.normal_(weight[e - first] if mine else spare, std=weight.shape[-1]**-0.5)
+        for bias in (self.b_up, self.b_down):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        """out [T, D] = sum over k of weight[t, k] * expert_TK[t, k]'s output for token t."""
+        options = dict(self.options, b_up=self.b_up, b_down=self.b_down)
+        if self.mesh is None or self.local == self.count:
+            return ops.moe(x_TD, weight_TK, expert_TK, self.w_up, self.w_down, **options)
+        x_RD, weight_RK, expert_RK, route = parallel.dispatch(
+            x_TD, weight_TK, expert_TK, self.count, self.mesh.get_group("ep"))
+        y_RD = ops.moe(x_RD, weight_RK, expert_RK, self.w_up, self.w_down, **options)
+        return parallel.collect(y_RD, route)
+
+    def extra_repr(self) -> str:
+        shown = f"{self.count}, dim={self.dim}, ffn_dim={self.ffn_dim}"
+        shown += f", activation={self.options['activation']}"
+        if self.b_up is not None:
+            shown += ", bias=True"
+        if self.options["interleaved"]:
+            shown += ", interleaved=True"
+        return shown if self.local == self.count else f"{shown}, local={self.local}"

@@ -1,0 +1,146 @@
+"""torch's DistributedDataParallel for models whose experts are spread over ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import get_process_group_ranks as _ranks
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from lina import tracing
+from lina.parallel.dispatch import eagerly
+from lina.parallel.experts import ExpertParameter, expert_parameters
+from lina.parallel.mesh import groups
+from lina.parallel.reduce import ExpertReducer
+
+
+class DataParallel(DistributedDataParallel):
+    """What :func:`ddp` returns: a DistributedDataParallel that leaves experts to their replicas."""
+
+    _hook: tuple[Any, Any] | None = None       # also set by torch's constructor
+
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+        for name in ("process_group", "device_mesh"):
+            if options.get(name) is not None:
+                raise ValueError(f"ddp: {name} cannot be given; the groups are those of mesh")
+        experts = expert_parameters(module)
+        if experts and options.get("mixed_precision") is not None:
+            raise ValueError("ddp: mixed_precision does not reach experts spread over ranks; "
+                             "use torch.autocast")
+        world = groups(mesh).world
+        for name, _, other in experts:
+            if sorted(_ranks(other.world)) != sorted(_ranks(world)):
+                raise ValueError(f"ddp: {name} is spread over ranks {_ranks(other.world)}, "
+                                 f"the mesh given has {_ranks(world)}")
+        _check_dense(module, experts)
+        ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *(e.name for e in experts)}
+        self._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        init_sync = options.get("init_sync", True)
+        if init_sync:
+            _check_same(experts, world)
+        super().__init__(module, process_group=world, **options)
+        self.expert_reducer = ExpertReducer(
+            experts, may_be_unused=self.find_unused_parameters or self.static_graph,
+            static=self.static_graph)
+        if init_sync:
+            self.expert_reducer.broadcast()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if tracing.active() and self._hook is None and not torch.compiler.is_compiling():
+            self._trace_buckets()
+        output = super().forward(*args, **kwargs)
+        if self.expert_reducer.by_replicas and torch.is_grad_enabled() and self.require_backward_grad_sync:
+            eagerly(self.expert_reducer.watch)(output)
+        return output
+
+    def register_comm_hook(self, state: object, hook: Any) -> None:
+        """As DistributedDataParallel's; the time from each bucket's hook to its result is traced."""
+        self._check_comm_hook(hook)
+        super().register_comm_hook((state, hook), _traced)
+        self._hook = (state, hook)
+
+    def _trace_buckets(self) -> None:
+        """The reducer's own allreduce, as a hook; ranks that trace and ranks that don't go together."""
+        try:
+            self.register_comm_hook(self.process_group, allreduce_hook)
+        except RuntimeError:                   # one of torch's built-in hooks is there: no spans
+            self._hook = (None, None)
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """As DistributedDataParallel's, where no experts are spread over ranks."""
+        if self.expert_reducer.by_replicas:
+            raise RuntimeError("ddp: join() cannot stand in for the experts' all-to-all; let ranks "
+                               "without data run the model on zero tokens instead")
+        return super().join_hook(**kwargs)
+
+
+def ddp(model: nn.Module, mesh: DeviceMesh, **options: Any) -> DataParallel:
+    """Wrap ``model`` so that every gradient is what DistributedDataParallel would give were all
+    experts on every rank: the mean over all ranks of the mesh of each rank's gradient.
+
+    Dense parameters are averaged by DistributedDataParallel over the whole mesh. Experts
+    spread over several ranks stay out of its buckets: after backward they are averaged over
+    their replicas. At construction each replica takes the first one's weights. With a
+    rank's loss a mean over its own tokens, the loss of a step is the mean of the ranks' losses; a
+    rank without tokens contributes 0 (let its loss be ``output.sum() * 0``, not a mean of nothing).
+
+    Every rank must use its output in its loss: backward is collective. Call ``backward``, not
+    ``torch.autograd.grad``. A whole ep group may skip a layer if ``find_unused_parameters``
+    or ``static_graph`` is set; one of its ranks alone may not.
+
+    Args:
+        mesh: from :func:`lina.mesh`, or any DeviceMesh with a dimension "ep".
+        options: DistributedDataParallel's; ``process_group`` and ``device_mesh`` come from the mesh.
+            ``no_sync``, ``find_unused_parameters``, ``static_graph``, ``gradient_as_bucket_view``,
+            comm hooks and autocast work as there; ``mixed_precision`` and ``join`` do not work with
+            experts spread over ranks.
+
+    Raises:
+        ValueError: an option that cannot work, or ranks whose experts differ in names, shapes or
+            dtypes; on every rank.
+        RuntimeError: no parameter outside the experts takes a gradient. In backward: another
+            rank failed or left, within the group's timeout.
+    """
+    return DataParallel(model, mesh, **options)
+
+
+def _traced(state: Any, bucket):  # torch reads these annotations and wants them absent or its own
+    user_state, hook = state
+    if not tracing.active():
+        return hook(user_state, bucket)
+    buffer = bucket.buffer()
+    token = tracing.begin("allreduce", f"bucket {bucket.index()}", buffer.device, bytes=buffer.nbytes)
+
+    def done(future: Any) -> Any:
+        tracing.end(token)
+        return future.value()
+
+    return hook(user_state, bucket).then(done)
+
+
+def _check_dense(module: nn.Module, experts: list[ExpertParameter]) -> None:
+    """torch's own message for this would say that the wrapper is not needed."""
+    spread = {id(e.param) for e in experts}
+    if experts and not any(p.requires_grad for p in module.parameters() if id(p) not in spread):
+        raise RuntimeError("ddp: every parameter outside the experts is frozen; leave one with "
+                           "requires_grad, a router's weight say, for DistributedDataParallel to work on")
+
+
+def _check_same(experts: list[ExpertParameter], world: dist.ProcessGroup) -> None:
+    """Ranks that built different experts would wait for each other, or mix them up."""
+    text = repr([(e.name, tuple(e.param.shape), e.param.dtype, e.param.requires_grad) for e in experts])
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    device = experts[0].param.device if experts else torch.device("cpu")
+    if not experts and dist.get_backend(world) == "nccl":
+        device = torch.device("cuda")
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=world)
+    if extremes[0].item() != -extremes[1].item():
+        raise ValueError("ddp: the ranks' experts differ in names, shapes, dtypes or requires_grad; "
+                         f"here: {text[:300]}")

@@ -1,0 +1,235 @@
+"""Tokens to the ranks of their experts and back, over torch.distributed.
+
+T tokens here, R rows received, S rows sent, K experts per token, D width. A token
+travels once to each rank that holds at least one of its experts (S <= T * ep), with
+its K weights and ids. The sum over a rank's experts travels back, one row per (token,
+rank), rounded to the activation's dtype; ``collect`` adds those in rank order, in
+float32 (float64 for float64), and rounds once. Backward runs by the same tables.
+
+Two collectives forward (counts, then rows, weights and ids packed together), one
+for each of ``collect`` and the two backward passes; over NCCL one host read of counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lina import ops, tracing
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where each row came from and went; what ``collect`` and the backward passes need."""
+
+    group: dist.ProcessGroup
+    sent: list[int]                # rows to each rank of the group
+    received: list[int]            # rows from each
+    token_S: Tensor                # i32: the token of each sent row
+    row_TK: Tensor                 # i64: the sent row that carries pair (t, k); -1 if none
+    rows: Any                      # ops.Rows over (token, rank)
+
+
+def dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
+             group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Route | None]:
+    """Send each token once to every rank that holds one of its experts.
+
+    Rank r of ``group`` holds experts [r * L, (r + 1) * L), L = experts / ep. Any T will do on
+    any rank, 0 included; ids outside [0, experts) are absent pairs. Every rank of the group
+    calls it; if one rank's result enters a loss, every rank's must, or backward waits for ever.
+    (It is enough that the layer's output is used: it depends on every token received.)
+
+    Args:
+        x_TD: [T, D] float32, bfloat16, float16 or float64; cast to the autocast dtype if on.
+        weight_TK: [T, K] float32 or float64.  expert_TK: [T, K] int32, global ids.
+
+    Returns:
+        x_RD [R, D], weight_RK [R, K] and expert_RK [R, K] (int32, ids in [0, L), -1 for
+        experts elsewhere) of the rows received, by sending rank, then by its tokens' order;
+        and the route, for :func:`collect`. With one rank: the inputs, and None.
+
+    Raises:
+        ValueError: an argument outside its limits, before anything is sent; or ranks that
+            disagree on D, K, dtypes, the number of experts or whether gradients are wanted:
+            then on every rank.
+        RuntimeError: another rank failed or left, within the group's timeout. Also for
+            differentiating twice.
+    """
+    ep = group.size()
+    if ep == 1:
+        return x_TD, weight_TK, expert_TK, None
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:
+        x_TD = x_TD.to(torch.get_autocast_dtype(device))
+    _check(x_TD, weight_TK, expert_TK, experts, ep)
+    return eagerly(_dispatch)(x_TD, weight_TK, expert_TK, experts, group)
+
+
+def _dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
+              group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Route]:
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x_TD, weight_TK)]
+    facts = [x_TD.shape[1], weight_TK.shape[1], experts, _DTYPES.index(x_TD.dtype),
+             _DTYPES.index(weight_TK.dtype), wanted[0] + 2 * wanted[1]]
+    route = _plan(expert_TK, experts, facts, group)
+    x_RD, weight_RK, expert_RK = _Dispatch.apply(x_TD, weight_TK, expert_TK, experts, route)
+    return x_RD, weight_RK, expert_RK, route
+
+
+def collect(y_RD: Tensor, route: Route | None) -> Tensor:
+    """Send each row back to its token's rank: out [T, D], the sum of a token's rows.
+
+    ``y_RD`` holds a row for each row of ``dispatch``'s ``x_RD``, of any width and dtype; the
+    result has its dtype. A token that went nowhere gets 0. Every rank of the group calls it.
+
+    Raises:
+        ValueError: y has another number of rows than were received.
+        RuntimeError: as :func:`dispatch`.
+    """
+    if route is None:
+        return y_RD
+    if y_RD.dim() != 2 or y_RD.shape[0] != sum(route.received):
+        raise ValueError(f"collect: y has shape {tuple(y_RD.shape)}, must be [{sum(route.received)}, D]: "
+                         "one row for each row received")
+    return eagerly(_Collect.apply)(y_RD, route)
+
+
+def eagerly(call: Callable) -> Callable:
+    """``call`` outside compiled graphs. Made at each call: torch.compiler.disable imports all of
+    dynamo, seconds that ``import lina`` must not take."""
+    return torch.compiler.disable(call) if "torch._dynamo" in sys.modules else call
+
+
+def _check(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int, ep: int) -> None:
+    if x_TD.dim() != 2 or x_TD.dtype not in _DTYPES:
+        raise ValueError(f"dispatch: x is {x_TD.dtype} of shape {tuple(x_TD.shape)}, "
+                         "must be [T, D] of a float dtype")
+    if weight_TK.dim() != 2 or weight_TK.shape[0] != x_TD.shape[0] or weight_TK.dtype not in _DTYPES:
+        raise ValueError(f"dispatch: weight is {weight_TK.dtype} of shape {tuple(weight_TK.shape)}, "
+                         f"must be [{x_TD.shape[0]}, K] of a float dtype")
+    if expert_TK.shape != weight_TK.shape or expert_TK.dtype != torch.int32:
+        raise ValueError(f"dispatch: expert is {expert_TK.dtype} of shape {tuple(expert_TK.shape)}, "
+                         f"must be int32 of weight's shape {tuple(weight_TK.shape)}")
+    if experts < 1 or experts % ep:
+        raise ValueError(f"dispatch: experts is {experts}, must be a multiple of the group's {ep} ranks")
+
+
+@torch.no_grad()
+def _plan(expert_TK: Tensor, experts: int, facts: list[int], group: dist.ProcessGroup) -> Route:
+    """Who sends what to whom; ``facts`` are what all ranks must agree on, as ``_AGREED``."""
+    ep, T, device = group.size(), expert_TK.shape[0], expert_TK.device
+    local = experts // ep
+    present_TK = (expert_TK >= 0) & (expert_TK < experts)
+    rank_TK = torch.where(present_TK, expert_TK // local, ep).long()
+    hit_TR = torch.zeros(T, ep + 1, dtype=torch.bool, device=device).scatter_(1, rank_TK, True)[:, :ep]
+    ranks_R = torch.arange(ep, dtype=torch.int32, device=device)
+    rows = ops.sort(torch.where(hit_TR, ranks_R, -1), ep)
+
+    same_RF = torch.tensor(facts, device=device).expand(ep, -1)
+    mine = torch.cat([rows.offset_E1.diff().long()[:, None], same_RF], 1)
+    theirs = torch.empty_like(mine)
+    with tracing.span("a2a", "dispatch counts", bytes=mine.nbytes):
+        _all_to_all("dispatch", theirs, mine, None, None, group)
+    sent, *columns = torch.cat([mine[:, :1], theirs], 1).T.tolist()
+    received, *agreed = columns
+    for name, values in zip(_AGREED, agreed, strict=True):
+        if len(set(values)) > 1:
+            shown: list[Any] = [str(_DTYPES[v]) for v in values] if name.startswith("dtype") else values
+            raise ValueError(f"dispatch: the ranks of one expert group disagree on {name}: {shown} by rank")
+
+    row_TK = rows.pair_row_TK.long().gather(1, rank_TK.clamp(max=ep - 1))
+    rows = rows._replace(row_pair_N=rows.row_pair_N[:sum(sent)])      # as many as there are rows
+    return Route(group, sent, received, rows.row_pair_N // ep, torch.where(present_TK, row_TK, -1), rows)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
+                route: Route) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.route, ctx.dtypes = route, (x_TD.dtype, weight_TK.dtype)
+        ctx.widths = (x_TD.shape[1], weight_TK.shape[1])
+        packed_TB = _pack(x_TD, weight_TK, expert_TK)
+        packed_RB = _exchange("dispatch", packed_TB.index_select(0, route.token_S), route, out=True)
+        x_RD, weight_RK, expert_RK = _unpack(packed_RB, (*ctx.widths, expert_TK.shape[1]),
+                                             (*ctx.dtypes, torch.int32))
+        local = experts // route.group.size()
+        expert_RK -= route.group.rank() * local
+        expert_RK.masked_fill_((expert_RK < 0) | (expert_RK >= local), -1)
+        ctx.mark_non_differentiable(expert_RK)
+        return x_RD, weight_RK, expert_RK
+
+    @staticmethod
+    @ops.once
+    def backward(ctx: Any, saved: Any, dx_RD: Tensor, dweight_RK: Tensor,
+                 dexpert_RK: None) -> tuple[Tensor | None, ...]:
+        route = ctx.route
+        packed_SB = _exchange("dispatch backward", _pack(dx_RD, dweight_RK), route, out=False)
+        dx_SD, dweight_SK = _unpack(packed_SB, ctx.widths, ctx.dtypes)
+        dx_TD = ops.combine(dx_SD, route.rows)
+        if not dweight_SK.shape[0]:
+            return dx_TD, dweight_SK.new_zeros(route.row_TK.shape), None, None, None
+        # the rank that owns an expert computed its weight's gradient; elsewhere it is 0
+        dweight_TK = dweight_SK[route.row_TK.clamp(min=0), torch.arange(ctx.widths[1], device=dx_TD.device)]
+        return dx_TD, dweight_TK.masked_fill(route.row_TK < 0, 0), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return ops.combine(_exchange("collect", y_RD, route, out=False), route.rows)
+
+    @staticmethod
+    @ops.once
+    def backward(ctx: Any, saved: Any, dout_TD: Tensor) -> tuple[Tensor, None]:
+        dout_SD = dout_TD.index_select(0, ctx.route.token_S)
+        return _exchange("collect backward", dout_SD, ctx.route, out=True), None
+
+
+def _exchange(name: str, rows: Tensor, route: Route, *, out: bool) -> Tensor:
+    """Rows [S, W] out to the experts' ranks, [R, W]; or back, [R, W] to [S, W]. As bytes,
+    so that every dtype travels over every backend."""
+    send, receive = (route.sent, route.received) if out else (route.received, route.sent)
+    result = rows.new_empty(sum(receive), rows.shape[1])
+    width = rows.shape[1] * rows.element_size()
+    with tracing.span("a2a", name, bytes=rows.nbytes):
+        _all_to_all(name, _bytes(result), _bytes(rows), [n * width for n in receive],
+                    [n * width for n in send], route.group)
+    return result
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(-1).view(torch.uint8)
+
+
+def _all_to_all(name: str, out: Tensor, inp: Tensor, out_splits: list[int] | None,
+                in_splits: list[int] | None, group: dist.ProcessGroup) -> None:
+    try:
+        dist.all_to_all_single(out, inp, out_splits, in_splits, group=group)
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(f"{name}: the exchange among ranks {ranks} failed on rank {dist.get_rank()}; "
+                           f"another rank has stopped, or hangs: {error}") from error
+
+
+def _pack(*parts: Tensor) -> Tensor:
+    """Rows side by side, in the widest integers that fit all parts' rows."""
+    widths = [part.shape[1] * part.element_size() for part in parts]
+    size, dtype = (4, torch.int32) if all(w % 4 == 0 for w in widths) else (1, torch.uint8)
+    return torch.cat([part.contiguous().view(-1).view(dtype).view(part.shape[0], w // size)
+                      for part, w in zip(parts, widths, strict=True)], 1)
+
+
+def _unpack(packed: Tensor, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """The parts of ``_pack``, each in memory of its own (a slice may not be aligned)."""
+    columns = [w * dtype.itemsize // packed.element_size() for w, dtype in zip(widths, dtypes, strict=True)]
+    return [part.clone(memory_format=torch.contiguous_format).view(-1).view(dtype).view(packed.shape[0], w)
+            for part, w, dtype in zip(packed.split(columns, 1), widths, dtypes, strict=True)]

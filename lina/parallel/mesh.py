@@ -1,0 +1,142 @@
+"""Who holds which experts: lina's mesh, and the groups of any mesh with a dimension "ep"."""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class Groups(NamedTuple):
+    """The process groups of one mesh, as this rank sees them."""
+
+    ep: dist.ProcessGroup          # holds one copy of every expert, spread over its ranks
+    replicas: dist.ProcessGroup    # holds the same experts as this rank
+    world: dist.ProcessGroup       # all ranks of the mesh: they hold the same dense parameters
+
+
+def mesh(ep: int, *, device_type: str | None = None) -> DeviceMesh:
+    """A DeviceMesh ("dp", "ep") of shape (world / ep, ep) over the default process group.
+
+    Experts are spread over ``ep`` ranks and replicated world / ep times: rank r has coordinates
+    (r // ep, r % ep). Collective: every rank of the default group calls it, after
+    ``init_process_group`` (and, for CUDA, after ``torch.cuda.set_device``). The groups take the
+    default group's timeout; ``init_device_mesh`` would give them torch's default of 10 to 30
+    minutes, in which a dead peer goes unnoticed.
+
+    Args:
+        ep: number of ranks one copy of the experts is spread over.
+        device_type: "cuda" or "cpu"; by default what the default group's backend serves.
+
+    Raises:
+        RuntimeError: there is no default process group.
+        ValueError: ``ep`` does not divide the number of ranks; on every rank.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("mesh: no process group; call torch.distributed.init_process_group first")
+    world, everyone = dist.get_world_size(), _world()
+    if ep < 1 or world % ep:
+        raise ValueError(f"mesh: ep is {ep}, must divide the {world} ranks of the default process group")
+    if device_type is None:
+        device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+    ranks_DE = torch.arange(world).view(world // ep, ep)
+    timeout = _timeout(everyone)
+    groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
+              for ranks in (ranks_DE.T, ranks_DE)]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks_DE, mesh_dim_names=("dp", "ep"))
+
+
+_cache: weakref.WeakKeyDictionary[DeviceMesh, Groups] = weakref.WeakKeyDictionary()
+
+
+def groups(mesh: DeviceMesh) -> Groups:
+    """The groups of ``mesh``: its dimension "ep", all its other dimensions together, and both.
+
+    Any DeviceMesh will do; pass the slice whose ranks hold the same model, such as
+    ``mesh["dp_replicate", "dp_shard", "ep"]`` of one that also has pipeline stages. Where more
+    than one other dimension exists, the first call is collective over the mesh.
+
+    Raises:
+        ValueError: no dimension "ep", or this rank is not in the mesh.
+    """
+    found = _cache.get(mesh)
+    if found is not None and found.world.size() == mesh.size() and _alive(found.world):
+        return found
+    names = mesh.mesh_dim_names or ()
+    if "ep" not in names:
+        raise ValueError(f'mesh: dimensions are {names}, one must be named "ep"')
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(f"mesh: rank {dist.get_rank()} is not part of {mesh}")
+    ep = mesh.get_group("ep")
+    dim = names.index("ep")
+    others = [name for name in names if name != "ep"]
+    if len(others) == 1:
+        replicas = mesh.get_group(others[0])
+    else:
+        replicas = _group(mesh.mesh.select(dim, coordinate[dim]), ep)
+    found = _cache[mesh] = Groups(ep, replicas, _group(mesh.mesh, ep))
+    return found
+
+
+def _group(ranks: Tensor, like: dist.ProcessGroup) -> dist.ProcessGroup:
+    members = sorted(ranks.flatten().tolist())
+    if len(members) == dist.get_world_size():
+        return _world()
+    if members == sorted(dist.get_process_group_ranks(like)):
+        return like
+    return dist.new_group(members, timeout=_timeout(like), use_local_synchronization=True)
+
+
+def _alive(group: dist.ProcessGroup) -> bool:
+    """False for a group of a default group that has since been destroyed."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None           # initialised
+    return group
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+def ep_size(mesh: DeviceMesh) -> int:
+    """Number of ranks that one copy of the experts is spread over."""
+    return groups(mesh).ep.size()
+
+
+def ep_rank(mesh: DeviceMesh) -> int:
+    """This rank's place among them: it holds experts [ep_rank * local, (ep_rank + 1) * local)."""
+    return groups(mesh).ep.rank()
+
+
+def local_count(experts: int, mesh: DeviceMesh) -> int:
+    """Experts that each rank of ``mesh["ep"]`` holds.
+
+    Raises:
+        ValueError: the ranks cannot share ``experts`` evenly; on every rank.
+    """
+    ep = ep_size(mesh)
+    if experts < 1 or experts % ep:
+        raise ValueError(f"experts is {experts}, must be a multiple of ep, "
+                         f"the {ep} ranks they are spread over")
+    return experts // ep
+
+
+def shard(weight_E: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's experts of a tensor [E, ...] that holds all of them: [E / ep, ...], a view."""
+    local = local_count(weight_E.shape[0], mesh)
+    return weight_E.narrow(0, ep_rank(mesh) * local, local)

@@ -1,0 +1,169 @@
+"""Gradients of experts: averaged over their replicas at the end of each backward pass.
+
+With each rank's loss a mean over its own tokens, and ranks = dp * ep, the gradient that
+DistributedDataParallel would give, were all experts on every rank, is
+
+    1/(dp * ep) * sum over all ranks of d(loss of that rank) / d(weight).
+
+Expert parallelism already sums a weight's gradient over the tokens of its ep group. So
+each incoming gradient is scaled by 1/ep before it is accumulated, and ``.grad`` is then
+averaged over the dp replicas: like DistributedDataParallel's own average this composes with
+gradients accumulated before, under ``no_sync`` or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lina import tracing
+from lina.parallel.experts import ExpertParameter
+
+_SMALL = 1 << 20     # gradients of fewer bytes travel together, larger ones in place
+
+# One scaling hook a parameter, however often its model is wrapped.
+_scaled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class ExpertReducer:
+    """Averages the gradients of ``experts`` over their replicas.
+
+    may_be_unused: agree first on which parameters have a gradient on any replica, and leave the
+        others' ``.grad`` alone; else a missing gradient counts as zeros.
+    static: that agreement is made once, in the first backward pass.
+    """
+
+    def __init__(self, experts: list[ExpertParameter], *, may_be_unused: bool, static: bool) -> None:
+        self.by_replicas: dict[dist.ProcessGroup, list[torch.nn.Parameter]] = {}
+        for expert in experts:
+            self.by_replicas.setdefault(expert.groups.replicas, []).append(expert.param)
+        self.may_be_unused, self.static = may_be_unused, static
+        self._used: dict[dist.ProcessGroup, list[bool]] = {}
+        self._backward = -1
+        for expert in experts:
+            if expert.param.requires_grad:
+                _scale(expert.param, 1 / expert.groups.ep.size())
+        params = [e.param for e in experts]
+        weakref.finalize(self, _unscale, [weakref.ref(p) for p in params],
+                         [_scaled.get(p) for p in params])
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Every replica takes the values of the first."""
+        for group, params in self.by_replicas.items():
+            if group.size() > 1:
+                for param in params:
+                    value = param.detach().contiguous()
+                    dist.broadcast(value, group=group, group_src=0)
+                    param.copy_(value)
+
+    def watch(self, output: Any) -> None:
+        """Reduce at the end of the backward pass that first reaches a tensor of ``output``.
+
+        Never from the experts' own hooks: a layer that one replica does not use would
+        leave the others waiting.
+        """
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._on_backward)
+
+    def _on_backward(self, grad: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:          # once a pass, also after one that raised
+            self._backward = backward
+            Variable._execution_engine.queue_callback(self.reduce)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Average now; called by the autograd engine."""
+        for group, params in self.by_replicas.items():
+            params = [p for p in params if p.requires_grad]
+            if group.size() > 1 and params:
+                with tracing.span("allreduce", "experts", device=params[0].device):
+                    self._reduce(group, params)
+
+    def _reduce(self, group: dist.ProcessGroup, params: list[torch.nn.Parameter]) -> None:
+        if self.may_be_unused:
+            params = [p for p, used in zip(params, self._agree(group, params), strict=True) if used]
+        small: dict[torch.dtype, list[Tensor]] = {}
+        work: list[Any] = []
+        finish: list[tuple[Tensor, Tensor]] = []      # what is copied where, once all are done
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            if param.nbytes < _SMALL:       # by the parameter: the same choice on every replica
+                small.setdefault(param.dtype, []).append(param.grad)
+                continue
+            flat = param.grad.contiguous()
+            if flat is not param.grad:
+                finish.append((param.grad, flat))
+            work.append(self._average(flat, group))
+        for grads in small.values():
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            work.append(self._average(flat, group))
+            parts = flat.split([g.numel() for g in grads])
+            finish.extend((g, part.view_as(g)) for g, part in zip(grads, parts, strict=True))
+        for w in work:
+            _wait(w, group)
+        if finish:
+            torch._foreach_copy_([to for to, _ in finish], [done for _, done in finish])
+
+    def _average(self, flat: Tensor, group: dist.ProcessGroup) -> Any:
+        flat.div_(group.size())             # before the sum, as DistributedDataParallel does
+        return dist.all_reduce(flat, group=group, async_op=True)
+
+    def _agree(self, group: dist.ProcessGroup, params: list[torch.nn.Parameter]) -> list[bool]:
+        if group not in self._used:
+            used = torch.tensor([p.grad is not None for p in params], dtype=torch.int32,
+                                device=params[0].device)
+            _wait(dist.all_reduce(used, dist.ReduceOp.MAX, group=group, async_op=True), group)
+            found = [bool(u) for u in used.tolist()]
+            if not self.static:
+                return found
+            self._used[group] = found
+        return self._used[group]
+
+
+def _wait(work: Any, group: dist.ProcessGroup) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(f"ddp: the allreduce of expert gradients among ranks {ranks} failed on rank "
+                           f"{dist.get_rank()}; another rank has stopped, or hangs: {error}") from error
+
+
+def _scale(param: torch.nn.Parameter, factor: float) -> None:
+    if param in _scaled:
+        _scaled[param].remove()
+    _scaled[param] = param.register_hook(lambda grad: grad * factor)
+
+
+def _unscale(params: list[Any], handles: list[Any]) -> None:
+    """Undo ``_scale``, unless another wrapper has taken over since."""
+    for ref, handle in zip(params, handles, strict=True):
+        param = ref()
+        if param is not None and handle is not None and _scaled.get(param) is handle:
+            _scaled.pop(param).remove()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))

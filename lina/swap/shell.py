@@ -1,0 +1,141 @@
+"""How a module changes its computation and nothing else: its class gets one more base.
+
+The instance stays: its Parameters, hooks, buffers, attributes and every reference to it. Its class
+becomes a subclass of the original one, so that ``isinstance`` checks of the model's library hold,
+and going back is one assignment.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lina import ops, parallel
+
+# What lina.parallel looks for on a module that holds experts.
+MARKS = ("count", "local", "mesh")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_EXPERTS = 1024
+
+
+def is_dtensor(p: Tensor) -> bool:
+    """Without importing torch.distributed.tensor, which takes longer than all of lina."""
+    return hasattr(p, "placements")
+
+
+class Match(NamedTuple):
+    """A module that lina can take over: by which shell, in which form, with how many experts."""
+
+    shell: type[Shell]
+    form: Any
+    experts: int
+    text: str
+
+
+class Shell(nn.Module):
+    """First base of a swapped module's class; ``lina_form`` says how to read its weights."""
+
+    lina_shell: ClassVar[type[Shell]]
+    lina_original: ClassVar[type[nn.Module]]
+    lina_form: Any
+    lina_text: str
+
+    def lina_experts(self) -> Any:
+        """The module whose parameters are the experts; it carries count, local and mesh."""
+        raise AssertionError("a shell names its experts module")
+
+    def lina_spread(self, first: int) -> None:
+        """Keep ``local`` experts, from ``first`` on."""
+        raise AssertionError("a shell can spread its experts")
+
+    def lina_gather(self, mesh: DeviceMesh) -> None:
+        """Undo ``lina_spread``; collective over the "ep" group."""
+        raise AssertionError("a shell can gather its experts")
+
+    def lina_ready(self) -> None:
+        """Called when the module is in its shell and holds its experts."""
+
+    def lina_leave(self) -> None:
+        """Called before the module leaves its shell."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle must be told how to make it again.
+        if type(self) is not shell_class(self.lina_shell, self.lina_original):
+            return super().__reduce_ex__(protocol)
+        state = {key: value for key, value in vars(self).items() if key != "lina_joined"}
+        return _remake, (self.lina_shell, self.lina_original), state
+
+
+_made: dict[tuple[Any, Any], Any] = {}
+
+
+def shell_class(shell: Any, original: Any) -> Any:
+    """The class of modules of class ``original`` in ``shell``; one for each pair."""
+    if (shell, original) not in _made:
+        _made[shell, original] = type(
+            f"Lina{original.__name__}", (shell, original),
+            {"lina_shell": shell, "lina_original": original, "__module__": original.__module__})
+    return _made[shell, original]
+
+
+def _remake(shell: Any, original: Any) -> Any:
+    made = shell_class(shell, original)
+    return made.__new__(made)
+
+
+def put_on(module: Any, match: Match, mesh: DeviceMesh | None) -> None:
+    module.lina_form, module.lina_text = match.form, match.text
+    module.__class__ = shell_class(match.shell, type(module))
+    experts = module.lina_experts()
+    mark(experts, match.experts, match.experts, mesh)
+    if mesh is not None and parallel.ep_size(mesh) > 1:
+        experts.local = parallel.local_count(match.experts, mesh)
+        module.lina_spread(parallel.ep_rank(mesh) * experts.local)
+    module.lina_ready()
+
+
+def take_off(module: Any) -> None:
+    experts = module.lina_experts()
+    if experts.local != experts.count:
+        module.lina_gather(experts.mesh)
+    unmark(experts)
+    module.lina_leave()
+    module.__class__ = module.lina_original
+    del module.lina_form, module.lina_text
+
+
+def mark(module: Any, count: int, local: int, mesh: DeviceMesh | None) -> None:
+    module.count, module.local, module.mesh = count, local, mesh
+
+
+def unmark(module: nn.Module) -> None:
+    for name in MARKS:
+        delattr(module, name)
+
+
+def gathered(local: Tensor, mesh: DeviceMesh) -> Tensor:
+    """All ranks' slices along the first axis, in rank order."""
+    group = parallel.groups(mesh).ep
+    parts = [local.new_empty(local.shape) for _ in range(group.size())]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def run(experts: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor,
+        w_down: Tensor, **options: Any) -> Tensor:
+    """ops.moe here, or on the ranks that hold the experts. The result has x's dtype.
+
+    Weights go in as the operators take them: float32, or float64 beside float64 tokens.
+    """
+    weight_TK = weight_TK.to(torch.float64 if x_TD.dtype == torch.float64 else torch.float32)
+    expert_TK = expert_TK.to(torch.int32)
+    if experts.local == experts.count:
+        return ops.moe(x_TD, weight_TK, expert_TK, w_up, w_down, **options).to(x_TD.dtype)
+    x_RD, weight_RK, expert_RK, route = parallel.dispatch(
+        x_TD, weight_TK, expert_TK, experts.count, parallel.groups(experts.mesh).ep)
+    y_RD = ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options)
+    return parallel.collect(y_RD, route).to(x_TD.dtype)
