@@ -1,0 +1,121 @@
+"""The console script `lina`: train, doctor, trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+BAD_OPTION, FAILED, INTERRUPTED = 2, 1, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage."""
+        self.exit(BAD_OPTION, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> _Parser:
+    import lina
+    from lina.train import options
+
+    parser = _Parser(prog="lina", allow_abbrev=False,
+                     description="Fast mixture-of-experts layers for PyTorch.",
+                     epilog="`lina COMMAND --help` shows a command's options.")
+    parser.add_argument("--version", action="version", version=f"lina {lina.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train", allow_abbrev=False, help="train an MoE language model on real text",
+        description="Trains a byte-level transformer with MoE layers, by default on the Python standard "
+                    "library's sources. Starts its own ranks, or joins torchrun's: "
+                    "torchrun --nproc-per-node 2 -m lina.cli train")
+    options.add_arguments(train)
+    doctor = commands.add_parser(
+        "doctor", help="what this machine can do, and which paths lina will use",
+        description="Versions, processors, links, and the paths lina will use and why.")
+    trace = commands.add_parser(
+        "trace", help="summarise and draw a trace written by lina.trace",
+        description="Prints each track's share and the share of the time spent waiting for the network; "
+                    "writes FILE.png.")
+    trace.add_argument("file", metavar="FILE", help="a trace written by lina.trace or lina train")
+    for command in (doctor, trace):
+        command.add_argument("--json", metavar="PATH", help="write the findings as one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; its exit status: 0, 1 failed, 2 bad option, 130 interrupted."""
+    parser = _parser()
+    given = vars(parser.parse_args(argv))
+    command = given.pop("command")
+    commands: dict[str, Callable[..., int]] = {"train": _train, "doctor": _doctor, "trace": _trace}
+    try:
+        return commands[command](**given)
+    except KeyboardInterrupt:
+        print(f"lina {command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(command: str, error: object, status: int) -> int:
+    print(f"lina {command}: error: {error}", file=sys.stderr)
+    return status
+
+
+def _train(**given: object) -> int:
+    from lina.train import launch, options
+
+    try:
+        resolved = options.resolve(given)
+    except options.OptionError as error:
+        return _fail("train", error, BAD_OPTION)
+    try:
+        launch.launch(resolved)
+    except (launch.RankError, OSError) as error:
+        return _fail("train", error, FAILED)
+    except KeyboardInterrupt:
+        kept = Path(str(resolved.checkpoint)) / "manifest.json"
+        step = json.loads(kept.read_text(encoding="utf-8"))["step"] if kept.is_file() else None
+        rest = "no checkpoint yet" if step is None else \
+            f"go on from step {step} with: lina train --resume {resolved.checkpoint} --out {resolved.out}"
+        print(f"\nlina train: interrupted; {rest}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _doctor(json: str | None) -> int:
+    from lina import doctor, tracefile
+
+    found = doctor.examine()
+    print("\n".join(doctor.lines(found)))
+    if json is not None:
+        tracefile.write_json(json, found)
+    return 0
+
+
+def _trace(file: str, json: str | None) -> int:
+    from lina import tracefile
+
+    try:
+        ranks = tracefile.read(file)
+        found = tracefile.summary(ranks)
+        picture = f"{file}.png"
+        tracefile.draw(ranks, picture)
+        if json is not None:
+            tracefile.write_json(json, found)
+    except (OSError, ValueError) as error:
+        return _fail("trace", error, BAD_OPTION)
+    print(f"{found['ranks']} ranks, {1e3 * found['seconds']:.2f} ms")
+    for track, share in found["share"].items():
+        print(f"{track:<10}{share:7.1%} of the time")
+    print(f"{'waiting':<10}{found['waiting']:7.1%} of the time: a2a or allreduce in flight, no compute")
+    if found["a2a_hidden"] is not None:
+        print(f"{'hidden':<10}{found['a2a_hidden']:7.1%} of a2a beside compute")
+    print(f"picture   {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

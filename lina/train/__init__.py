@@ -1,0 +1,1 @@
+"""`lina train`: an MoE language model on real text, on this machine's cores or GPUs."""

@@ -1,0 +1,199 @@
+"""What `lina train` can be told, and every check that is possible before a process starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("float32", "bf16", "fp16")
+
+
+class OptionError(ValueError):
+    """One line naming an option, its value and its limit."""
+
+
+@dataclasses.dataclass
+class Options:
+    """A run. Fields are the command's options; None means chosen from the machine."""
+
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    experts: int = 8
+    top_k: int = 2
+    ffn_dim: int = 192
+    seq: int = 128
+    batch: int = 16
+    steps: int = 900
+    lr: float = 2e-3
+    balance_coef: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    precision: str | None = None
+    dense: bool = False
+    ranks: int | None = None
+    ep: int | None = None
+    device: str | None = None
+    data: str | None = None
+    heldout_kib: int = 192
+    sample: int = 240
+    out: str = "lina-run"
+    checkpoint: str | None = None
+    save_every: int | None = None
+    resume: str | None = None
+    stop: int | None = None
+    json: str | None = None
+    quiet: bool = False
+
+
+HELP = {
+    "dim": "model width D", "layers": "blocks; every second one has an MoE layer",
+    "heads": "attention heads; divides --dim", "experts": "experts E of an MoE layer",
+    "top_k": "experts K that each byte goes to", "ffn_dim": "width F of one expert; dense blocks have K*F",
+    "seq": "bytes of one sequence", "batch": "sequences of one step, over all ranks",
+    "steps": "optimizer steps", "lr": "peak learning rate", "clip": "largest gradient norm",
+    "balance_coef": "weight of the load-balancing loss", "seed": "of weights and batches",
+    "precision": "float32, bf16 or fp16 (default: bf16 on cuda, else float32)",
+    "dense": "the baseline: dense FFNs of the same active size instead of experts",
+    "ranks": "processes to start (default: one a GPU, else 2); torchrun's count under torchrun",
+    "ep": "ranks that share the experts (default: as many as possible)",
+    "device": "cpu or cuda (default: cuda where there is one)",
+    "data": "a text file or a folder of them (default: the Python standard library's sources)",
+    "heldout_kib": "most KiB of held-out text to score", "sample": "bytes of text to generate at the end",
+    "out": "folder for pictures, trace and metrics",
+    "checkpoint": "folder for checkpoints (default: OUT/checkpoint)",
+    "save_every": "steps between checkpoints (default: a quarter of --steps)",
+    "resume": "checkpoint folder to continue from, with its options",
+    "stop": "end after this step of the schedule, as if it were the last",
+    "json": "write the summary as one JSON object", "quiet": "no progress bar",
+}
+# What a checkpoint fixes: another value would not continue the same run.
+FIXED = ("dim", "layers", "heads", "experts", "top_k", "ffn_dim", "seq", "batch", "balance_coef", "clip",
+         "seed", "precision", "dense", "ranks", "ep", "device", "data", "heldout_kib")
+KEPT = (*FIXED, "steps", "lr")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One argument per field. Only what is given lands in the namespace."""
+    kinds = {"int": int, "float": float, "str": str}
+    for field in dataclasses.fields(Options):
+        text = HELP[field.name]
+        if field.default is not None and field.default is not False:
+            text += f" (default: {field.default})"
+        if field.type == "bool":
+            parser.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        choices = {"precision": PRECISIONS, "device": ("cpu", "cuda")}.get(field.name)
+        kind = kinds[str(field.type).split(" ")[0]]
+        metavar = None if choices else {"int": "N", "float": "X", "str": "PATH"}[kind.__name__]
+        parser.add_argument(flag(field.name), type=kind, choices=choices, metavar=metavar,
+                            default=argparse.SUPPRESS, help=text)
+
+
+def resolve(given: dict[str, Any]) -> Options:
+    """The run that `given` asks for: checked, with every None that matters filled in.
+
+    Reads the machine (GPUs, torchrun's variables), the data folder and the
+    checkpoint, and starts nothing. Raises OptionError.
+    """
+    from . import checkpoint, data
+
+    found: dict[str, Any] = {}
+    if given.get("resume") is not None:
+        try:
+            found = checkpoint.manifest(given["resume"])
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--resume: {error}") from error
+    saved = found.get("options", {})
+    options = Options(**{**{k: saved[k] for k in KEPT if k in saved}, **given})
+    explicit = Options(**given)
+    _machine(options, explicit)
+    for name in FIXED:
+        value = getattr(options, name)
+        if name in saved and value != saved[name]:
+            raise OptionError(f"{flag(name)}: {value}, but the checkpoint in {given['resume']} was written "
+                              f"with {saved[name]}; it resumes on the same layout only")
+    _check(options)
+    options.save_every = options.save_every or max(1, math.ceil(options.steps / 4))
+    options.checkpoint = options.checkpoint or os.path.join(options.out, "checkpoint")
+    digest = data.load(options).digest
+    if found and found["text_digest"] != digest:
+        raise OptionError(f"--resume: {options.resume} was trained on another text than "
+                          f"{options.data or 'this Python standard library'}; pass the same --data")
+    last = options.stop or options.steps
+    if found and found["step"] >= last:
+        raise OptionError(f"{'--stop' if options.stop else '--steps'}: {last}, but the checkpoint in "
+                          f"{options.resume} has done {found['step']} already")
+    return options
+
+
+def _machine(o: Options, given: Options) -> None:
+    """Device, ranks, precision and ep, from the machine where not given."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    o.device = o.device or ("cuda" if gpus else "cpu")
+    if o.device == "cuda" and not gpus:
+        raise OptionError("--device: cuda, but torch finds no GPU here (see `lina doctor`)")
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        world = int(os.environ["WORLD_SIZE"])
+        if given.ranks not in (None, world):
+            raise OptionError(f"--ranks: {given.ranks}, but torchrun started {world}")
+        o.ranks = world
+    elif o.ranks is None:
+        o.ranks = gpus if o.device == "cuda" else 2
+    _least(o, "ranks", 1)
+    if o.device == "cuda" and "RANK" not in os.environ and o.ranks > gpus:
+        raise OptionError(f"--ranks: {o.ranks}, at most one for each of the {gpus} GPUs")
+    o.precision = o.precision or ("bf16" if o.device == "cuda" else "float32")
+    _least(o, "experts", 1)
+    if o.dense:
+        o.ep = 1
+    elif o.ep is None:
+        o.ep = math.gcd(o.ranks, o.experts)
+
+
+def _least(o: Options, name: str, limit: float) -> None:
+    if not getattr(o, name) >= limit:                # NaN fails too
+        raise OptionError(f"{flag(name)}: {getattr(o, name)}, at least {limit}")
+
+
+def _check(o: Options) -> None:
+    ranks, ep = o.ranks or 1, o.ep or 1
+    for name, limit in (("dim", 2), ("heads", 1), ("layers", 1 if o.dense else 2), ("top_k", 1),
+                        ("ffn_dim", 1), ("seq", 8), ("batch", 1), ("steps", 1), ("ep", 1), ("seed", 0),
+                        ("heldout_kib", 1), ("sample", 0), ("balance_coef", 0)):
+        _least(o, name, limit)
+    for name in ("lr", "clip"):
+        if not 0 < getattr(o, name) < math.inf:
+            raise OptionError(f"{flag(name)}: {getattr(o, name)}, above 0 and finite")
+    for name, limit in (("experts", 1024), ("top_k", min(32, o.experts)), ("seed", 2**31 - 1)):
+        if getattr(o, name) > limit:
+            raise OptionError(f"{flag(name)}: {getattr(o, name)}, at most {limit}"
+                              + (f" (--experts {o.experts})" if name == "top_k" else ""))
+    for name, value, by, divisor in (
+            ("dim", o.dim, "2 x --heads", 2 * o.heads), ("ranks", ranks, "--ep", ep),
+            ("experts", o.experts, "--ep", ep), ("batch", o.batch, "--ranks", ranks)):
+        if value % divisor:
+            raise OptionError(f"{flag(name)}: {value}, a multiple of {by} = {divisor}")
+    if o.precision == "fp16" and o.device == "cpu":
+        raise OptionError("--precision: fp16, needs --device cuda (bf16 and float32 run on the CPU)")
+    for name in ("stop", "save_every"):
+        value = getattr(o, name)
+        if value is not None and not 1 <= value <= o.steps:
+            raise OptionError(f"{flag(name)}: {value}, from 1 to --steps = {o.steps}")
+    for name in ("out", "checkpoint"):
+        path = getattr(o, name)
+        if path is not None and Path(path).exists() and not Path(path).is_dir():
+            raise OptionError(f"{flag(name)}: {path}, exists and is not a folder")
+    if o.json is not None and not Path(o.json).absolute().parent.is_dir():
+        raise OptionError(f"--json: {o.json}, its folder does not exist")
