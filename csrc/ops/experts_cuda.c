@@ -11,7 +11,9 @@
 
 /* ---- which product ---- */
 
-/* Torch's product takes base addresses and rows at multiples of 16 bytes. */
+/* Torch's product takes fewer than 1024 groups, base addresses and rows at
+ * multiples of 16 bytes. */
+#define GROUPED_MAX_E 1023
 static bool aligned(const lina_tensor *t) { return ((uintptr_t)t->data & 15) == 0; }
 static bool weight_fits(const lina_tensor *w) {
   int inner = w->stride[2] == 1 ? 2 : 1, outer = 3 - inner;
@@ -20,8 +22,8 @@ static bool weight_fits(const lina_tensor *w) {
 }
 static bool takes_grouped(const lina_experts_shape *s, const lina_tensor *w_up,
                           const lina_tensor *w_down) {
-  return s->dtype == LINA_BF16 && s->D % 8 == 0 && s->F % 8 == 0 && s->U % 8 == 0 &&
-         weight_fits(w_up) && weight_fits(w_down);
+  return s->dtype == LINA_BF16 && s->E <= GROUPED_MAX_E && s->D % 8 == 0 && s->F % 8 == 0 &&
+         s->U % 8 == 0 && weight_fits(w_up) && weight_fits(w_down);
 }
 
 /* What the products of one pass share. `ends` is offset without its first. */
