@@ -21,6 +21,8 @@ SCORES = ("softmax", "topk_softmax", "sigmoid")
 
 
 class Routing(NamedTuple):
+    """What ``gate`` gives: the fields of ``lina.ops.Routing``."""
+
     weight_TK: Tensor
     expert_TK: Tensor
     load_2E: Tensor | None = None
@@ -29,6 +31,8 @@ class Routing(NamedTuple):
 
 
 class Rows(NamedTuple):
+    """What ``sort`` gives: the fields of ``lina.ops.Rows``."""
+
     offset_E1: Tensor
     row_pair_N: Tensor
     pair_row_TK: Tensor
@@ -154,7 +158,7 @@ def combine(y_ND: Tensor, rows: Rows, weight_TK: Tensor | None = None) -> Tensor
     y_ND1 = F.pad(y_ND.to(acc), (0, 0, 0, 1))       # a row of zeros for absent pairs, -1
     y_TKD = y_ND1[pair_row]
     if weight_TK is not None:
-        y_TKD = y_TKD * weight_TK[..., None]
+        y_TKD = y_TKD * weight_TK.masked_fill(pair_row < 0, 0.0)[..., None]
     return y_TKD.sum(1).to(y_ND.dtype)
 
 
@@ -193,6 +197,7 @@ class MoE(nn.Module):
             self.shared.w_down = nn.Parameter(torch.randn(dim, S) * S**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] to the same shape."""
         x_TD = x.reshape(-1, x.shape[-1])
         routing = gate(x_TD @ self.router.weight.T, self.top_k,
                        bias_E=getattr(self.router, "select_bias", None), **self.gate_options)

@@ -59,8 +59,8 @@ FWD = (
         (dict(row_pair=torch.zeros(11, dtype=torch.int32)), r"row_pair.shape\[0\] is 11, must be 12"),
         (dict(row_pair=torch.zeros(12)), "row_pair is of float32, must be one of int32"),
         (dict(k=0), "k is 0 with 6 tokens"),
-        (dict(k=2**40), "k is 1099511627776 with 6 tokens, must be at least 1 and their product below 2"),
-        (dict(activation=7), "activation is -1, must be 0 to 6"),
+        (dict(k=2**40), "k is 1099511627776 with 6 tokens, must be 1 to 1024 and their product below 2"),
+        (dict(activation=7), "activation is 7, must be 0 to 6"),
     ],
     ids=lambda v: "+".join(v) if isinstance(v, dict) else None,
 )
@@ -123,7 +123,7 @@ BWD = (
         (dict(pair_row=torch.full((6, 2), 12, dtype=torch.int32)), r"pair_row\[0\] is 12, must be -1 to 11"),
         (dict(pair_row=torch.zeros(5, 2, dtype=torch.int32)), r"pair_row.shape\[0\] is 5, must be 6"),
         (dict(b_down=torch.zeros(4, 8)), r"b_down.shape\[1\] is 8, must be 16"),
-        (dict(need=64), "need is -1, must be 0 to 63"),
+        (dict(need=64), "need is 64, must be 0 to 63"),
     ],
     ids=lambda v: "+".join(v) if isinstance(v, dict) else None,
 )

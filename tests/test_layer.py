@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -114,11 +115,63 @@ def test_checkpointing_keeps_gradients_and_reentrant_aux_loss_is_refused():
         return [p.grad.clone() for p in layer.parameters()]
 
     plain = run(layer)
+    layer.router.load = None
     again = run(lambda x: checkpoint(layer, x, use_reentrant=False))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert layer.router.load.sum() == 30 * K      # the recomputation does not count a second time
     checkpoint(layer, x, use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         lina.aux_loss(layer)
+
+
+def test_checkpointed_block_is_freed_by_its_backward():
+    """The recomputed loss, had the router kept it, would hold the recomputed activations."""
+    layer = lina.MoE(D, F, E, K, balance_coef=0.5)
+    alive = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            kept = x * 2
+            alive.append(weakref.ref(kept))
+            ctx.save_for_backward(kept)
+            return kept.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 2
+
+    x = torch.randn(30, D, requires_grad=True)
+    y = checkpoint(lambda x: layer(Watch.apply(x)), x, use_reentrant=False)
+    (y.square().mean() + lina.aux_loss(layer)).backward()
+    assert len(alive) == 2                        # forward, recomputation
+    assert [ref() for ref in alive] == [None, None]
+
+
+def test_the_bias_stays_float32_in_a_low_precision_model():
+    layer = lina.MoE(D, F, E, K, select_bias=True)
+    layer.router.select_bias.fill_(0.5)
+    layer.to(torch.bfloat16)
+    assert layer.router.weight.dtype == torch.bfloat16 and layer.router.select_bias.dtype == torch.float32
+    layer(torch.randn(64, D, dtype=torch.bfloat16))
+    lina.update_bias(layer, rate=1e-3)            # in bf16 this step would round away
+    assert (layer.router.select_bias != 0.5).any()
+    assert layer.double().router.select_bias.dtype == torch.float64
+
+
+def test_runs_on_meta():
+    layer = lina.MoE(D, F, E, K, device="meta", shared_experts=1)
+    assert layer(torch.empty(5, D, device="meta")).shape == (5, D)
+    layer.to_empty(device="cpu").reset_parameters()
+    assert layer(torch.randn(5, D)).isfinite().all()
+
+
+def test_forward_mode_is_refused():
+    """A raw operator would drop the tangent and give a zero derivative."""
+    layer = lina.MoE(D, F, E, K).eval().requires_grad_(False)
+    x = torch.randn(5, D)
+    with pytest.raises(RuntimeError, match=r"jvp|forward mode|forward AD"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
 
 
 def test_bias_moves_against_the_load():
@@ -212,9 +265,13 @@ def test_extra_repr_names_what_was_chosen():
 @pytest.mark.parametrize("arguments, words", [
     (dict(dim=0), "dim is 0"),
     (dict(ffn_dim=0), "ffn_dim is 0"),
-    (dict(experts=1025), "experts is 1025, must be from 1 to 1024"),
-    (dict(top_k=9), "top_k is 9, must be from 1 to 8"),
-    (dict(top_k=0), "top_k is 0"),
+    (dict(experts=1025), "1025 experts, limit 1..1024"),
+    (dict(top_k=9), "top_k=9, limit 1..8"),
+    (dict(top_k=0), "top_k=0"),
+    (dict(score="tanh"), "score='tanh'"),
+    (dict(groups=3), "groups=3, must divide the 8 experts"),
+    (dict(groups=4, top_groups=5), "top_groups=5, limit 1..groups=4"),
+    (dict(limit=-1.0), "limit is -1.0"),
     (dict(shared_experts=-1), "shared_experts is -1"),
     (dict(activation="tanh"), "activation is 'tanh'"),
     (dict(jitter=1.0), "jitter is 1.0"),

@@ -122,6 +122,9 @@ static int check(const char *op, const lina_tensor *y, const lina_tensor *weight
   if (pair_row->numel > INT32_MAX)
     LINA_FAIL(LINA_EINVAL, "%s: pair_row has %lld elements, must be below 2^31", op,
               (long long)pair_row->numel);
+  if (y->size[0] > pair_row->numel)
+    LINA_FAIL(LINA_EINVAL, "%s: y has %lld rows, must be at most the %lld pairs", op,
+              (long long)y->size[0], (long long)pair_row->numel);
   if (weight->handle) {
     LINA_TRY(
         lina_check(op, "weight", weight, 2, y->dtype == LINA_F64 ? 1 << LINA_F64 : 1 << LINA_F32));
@@ -250,6 +253,7 @@ void lina_combine_bwd_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts) {
                                 .row_pair = row_pair.data,
                                 .dy = dy.data,
                                 .dweight = weight.handle ? dweight.data : NULL};
+  if (D == 0) LINA_TRY(lina_zero(&dweight)); /* a sum of nothing; the kernels launch nothing */
   LINA_TRY(y.device == LINA_ON_CPU ? lina_combine_bwd_cpu(&args) : on_gpu_bwd(&args, scope.stream));
   stack[0] = lina_give(&dy);
   stack[1] = lina_give(&dweight);

@@ -1,7 +1,7 @@
 /* combine.h - each token's weighted sum of its rows.
  *
  *   out[t,:] = sum_k weight[t,k] * y[pair_row[t,k], :]      k = 0 .. K-1 in order
- *   A row of -1 adds nothing; weight NULL means 1.
+ *   A row of -1 adds nothing; weight NULL means 1. N <= T*K.
  * Backward:
  *   dy[r,:]      = weight[p] * dout[p / K, :],  p = row_pair[r]
  *   dweight[t,k] = <dout[t,:], y[pair_row[t,k], :]>;  0 where the row is -1
@@ -14,6 +14,7 @@
  *   dy        out  [N,D]  as y;  dweight out [T,K] A
  *
  * Sums in A, in a fixed order, rounded once: no atomics, bitwise repeatable.
+ * The CPU checks every index; the device's kernels trust what lina::sort wrote.
  * Limits: K <= 1024, T*K < 2^31. T = 0 or D = 0 launches nothing.
  * Stream: asynchronous on `stream`.
  * Errors: LINA_EINVAL (limits), LINA_ENOTSUP (dtype), LINA_ECUDA (launch).

@@ -8,7 +8,11 @@
 
 #include "experts_pass.h"
 
-enum { FLOATS = 1 << LINA_F32 | 1 << LINA_BF16 | 1 << LINA_F16 | 1 << LINA_F64, MAX_E = 1024 };
+enum {
+  FLOATS = 1 << LINA_F32 | 1 << LINA_BF16 | 1 << LINA_F16 | 1 << LINA_F64,
+  MAX_E = 1024,
+  MAX_K = 1024 /* that of combine.h: dx is a combine */
+};
 
 /* ---- checks ---- */
 
@@ -41,6 +45,14 @@ static int check_matrix(const char *op, const char *name, const lina_tensor *t,
   return rc;
 }
 
+static int check_activation(const char *op, int64_t activation, lina_experts_shape *s) {
+  if (activation < 0 || activation > LINA_SILU)
+    return lina_error(LINA_EINVAL, "%s: activation is %lld, must be 0 to %d", op,
+                      (long long)activation, LINA_SILU);
+  s->activation = (int)activation;
+  return LINA_OK;
+}
+
 /* x, the indices and the weights fit together; fills `s`, K and activation of
  * which are already there. */
 static int check(const char *op, lina_experts_shape *s, const lina_tensor *x,
@@ -54,8 +66,6 @@ static int check(const char *op, lina_experts_shape *s, const lina_tensor *x,
   LINA_TRY(check_vector(op, "w_down", w_down, x, 3, x->dtype));
   LINA_TRY(check_vector(op, "offset", offset, x, 1, LINA_I32));
   LINA_TRY(check_vector(op, "row_pair", row_pair, x, 1, LINA_I32));
-  if (s->activation < 0 || s->activation > LINA_SILU)
-    LINA_FAIL(LINA_EINVAL, "%s: activation is %d, must be 0 to %d", op, s->activation, LINA_SILU);
   s->T = x->size[0], s->D = x->size[1], s->dtype = x->dtype;
   s->E = w_up->size[0], s->U = w_up->size[1], s->F = w_down->size[2];
   if (s->E < 1 || s->E > MAX_E)
@@ -64,9 +74,9 @@ static int check(const char *op, lina_experts_shape *s, const lina_tensor *x,
   if (s->D < 1 || s->F < 1)
     LINA_FAIL(LINA_EINVAL, "%s: widths D = %lld, F = %lld, must be at least 1", op, (long long)s->D,
               (long long)s->F);
-  if (s->K < 1 || s->K > INT32_MAX || (s->T > 0 && s->K > INT32_MAX / s->T))
+  if (s->K < 1 || s->K > MAX_K || (s->T > 0 && s->K > INT32_MAX / s->T))
     LINA_FAIL(LINA_EINVAL,
-              "%s: k is %lld with %lld tokens, must be at least 1 and their "
+              "%s: k is %lld with %lld tokens, must be 1 to 1024 and their "
               "product below 2^31",
               op, (long long)s->K, (long long)s->T);
   s->N = s->T * s->K;
@@ -134,7 +144,7 @@ void lina_experts_fwd_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts) {
   for (unsigned i = 0; i < sizeof taken / sizeof *taken && rc == LINA_OK; i++) rc = taken[i];
   if (rc != LINA_OK) goto done;
   p.s.K = lina_take_int(stack[7]);
-  p.s.activation = activation < 0 || activation > LINA_SILU ? -1 : (int)activation;
+  LINA_TRY(check_activation(op, activation, &p.s));
   p.s.interleaved = lina_take_bool(stack[9]);
   p.s.alpha = lina_take_double(stack[10]);
   p.s.limit = lina_take_double(stack[11]);
@@ -182,8 +192,6 @@ done:
 static int check_bwd(const char *op, const lina_experts_bwd *p) {
   const lina_experts_shape *s = &p->s;
   int rc;
-  if (p->need < 0 || p->need > 63)
-    LINA_FAIL(LINA_EINVAL, "%s: need is %d, must be 0 to 63", op, p->need);
   LINA_TRY(check_matrix(op, "h", &p->h, &p->x, s->dtype, s->N, s->U));
   LINA_TRY(check_matrix(op, "dy", &p->dy, &p->x, s->dtype, p->weight.handle ? s->T : s->N, s->D));
   if (p->weight.handle)
@@ -214,11 +222,13 @@ void lina_experts_bwd_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts) {
     if (rc == LINA_OK) rc = one;
   }
   if (rc != LINA_OK) goto done;
-  p.s.activation = activation < 0 || activation > LINA_SILU ? -1 : (int)activation;
+  LINA_TRY(check_activation(op, activation, &p.s));
   p.s.interleaved = lina_take_bool(stack[11]);
   p.s.alpha = lina_take_double(stack[12]);
   p.s.limit = lina_take_double(stack[13]);
-  p.need = need < 0 || need > 63 ? -1 : (int)need;
+  if (need < 0 || need > 63)
+    LINA_FAIL(LINA_EINVAL, "%s: need is %lld, must be 0 to 63", op, (long long)need);
+  p.need = (int)need;
   LINA_TRY(check_vector(op, "pair_row", &p.pair_row, &p.x, 2, LINA_I32));
   p.s.K = p.pair_row.size[1];
   LINA_TRY(check(op, &p.s, &p.x, &p.offset, &p.row_pair, &p.w_up, &p.w_down));

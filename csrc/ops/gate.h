@@ -22,10 +22,13 @@
  *   load[0,e] = number of (t,k) with expert[t,k] = e;  load[1,e]: k = 0 only
  *   stat[e]   = sum_t p[t,e], p = softmax(l[t,:]), or for LINA_SIGMOID
  *               s[t,e] / sum_j s[t,j]
+ *               (NaN for a token whose scores all underflow to 0)
  *   stat[E]   = sum_t logsumexp(l[t,:])^2
  *
  * Backward: dlogits from dweight and dstat (either may be absent), recomputing
- *   the scores from the logits. The choice itself has no gradient.
+ *   the scores from the logits. The choice itself has no gradient. An id outside
+ *   [0, E), which the forward never gives, gets none; its token's other weights
+ *   may lose theirs.
  *
  * Sources: Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5 (no noise term);
  *   Fedus et al. 2021, arXiv:2101.03961, eq. 2, 4-6; Zoph et al. 2022,

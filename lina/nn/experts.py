@@ -32,7 +32,10 @@ class Experts(nn.Module):
                  device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if activation not in ops.ACTIVATIONS:
-            raise ValueError(f"Experts: activation is {activation!r}, must be one of {ops.ACTIVATIONS}")
+            raise ValueError(f"Experts: activation is {activation!r}, "
+                             f"must be one of {', '.join(ops.ACTIVATIONS)}")
+        if not limit >= 0:
+            raise ValueError(f"Experts: limit is {limit}, must be at least 0")
         self.dim, self.ffn_dim, self.count, self.mesh = dim, ffn_dim, count, mesh
         self.local = count if mesh is None else parallel.local_count(count, mesh)
         self.options: dict[str, Any] = dict(activation=activation, interleaved=interleaved,
@@ -46,6 +49,7 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the weights anew (normal, standard deviation 1 / sqrt(inputs)); biases to zero."""
         first = 0 if self.mesh is None else parallel.ep_rank(self.mesh) * self.local
         for weight in (self.w_up, self.w_down):
             with torch.no_grad():
@@ -58,7 +62,11 @@ class Experts(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        """out [T, D] = sum over k of weight[t, k] * expert_TK[t, k]'s output for token t."""
+        """out [T, D] = sum over k of weight[t, k] * expert_TK[t, k]'s output for token t.
+
+        x_TD [T, D] in the weights' dtype (any float dtype under autocast), weight_TK [T, K] float32
+        (float64), expert_TK [T, K] int32. Raises as :func:`lina.ops.moe` and :func:`lina.parallel.dispatch`.
+        """
         options = dict(self.options, b_up=self.b_up, b_down=self.b_down)
         if self.mesh is None or self.local == self.count:
             return ops.moe(x_TD, weight_TK, expert_TK, self.w_up, self.w_down, **options)

@@ -29,6 +29,12 @@ class Router(nn.Module):
         dtype: of the parameters; logits_dtype: what the product is computed in, if not
             the input's dtype (torch.float32 also under autocast).
 
+    Inside activation checkpointing use ``use_reentrant=False``; a checkpointed router that keeps
+    statistics cannot be compiled with fullgraph=True, since it writes the attributes below.
+
+    Raises:
+        ValueError: an argument outside its limits, when the router is made.
+
     Attributes:
         aux_loss: scalar tensor of the last training forward, or None.
         load: int64 [E], choices since it was last zeroed, kept while training; or None.
@@ -46,11 +52,7 @@ class Router(nn.Module):
                  logits_dtype: torch.dtype | None = None,
                  device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if not 1 <= experts <= 1024:
-            raise ValueError(f"Router: experts is {experts}, must be from 1 to 1024")
-        if not 1 <= top_k <= min(32, experts):
-            raise ValueError(f"Router: top_k is {top_k}, must be from 1 to {min(32, experts)} "
-                             f"(at most 32, at most experts={experts})")
+        ops.check_gate(experts, top_k, score, groups, top_groups, group_score)
         if not 0.0 <= jitter < 1.0:
             raise ValueError(f"Router: jitter is {jitter}, must be in [0, 1)")
         if balance_form not in ("switch", "gshard"):
@@ -68,6 +70,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the weights anew (normal, standard deviation 1 / sqrt(D)); the bias to zero."""
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         if self.select_bias is not None:
             nn.init.zeros_(self.select_bias)
@@ -79,12 +82,7 @@ class Router(nn.Module):
         logits_TE = self._logits(x_TD)
         wants_stats = self.training and (
             self.select_bias is not None or self.balance_coef != 0 or self.z_coef != 0)
-        bias_E = self.select_bias
-        if bias_E is not None and logits_TE.dtype == torch.float64:
-            bias_E = bias_E.double()
-        elif bias_E is not None:
-            bias_E = bias_E.float()
-        routing = ops.gate(logits_TE, self.top_k, bias_E=bias_E, stats=wants_stats,
+        routing = ops.gate(logits_TE, self.top_k, bias_E=self.select_bias, stats=wants_stats,
                            **self.gate_options)
         if wants_stats:
             self._keep(routing, max(x_TD.shape[0], 1))
@@ -93,7 +91,8 @@ class Router(nn.Module):
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self.logits_dtype is None:
             return F.linear(x_TD, self.weight)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        device = x_TD.device.type if torch.amp.is_autocast_available(x_TD.device.type) else "cpu"
+        with torch.autocast(device, enabled=False):
             return F.linear(x_TD.to(self.logits_dtype), self.weight.to(self.logits_dtype))
 
     def _keep(self, routing: ops.Routing, tokens: int) -> None:
@@ -104,9 +103,19 @@ class Router(nn.Module):
                 routing.load_2E, routing.prob_E, self.balance_form)
         if self.z_coef:
             loss = loss + self.z_coef * (routing.z / tokens)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return      # recomputed for a backward pass: kept, it would keep that pass's tensors alive
         self.aux_loss = loss
         load_E = routing.load_2E[0].long()
         self.load = load_E if self.load is None else self.load + load_E
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        bias_E = self.select_bias
+        super()._apply(fn, recurse)
+        moved_E = self.select_bias
+        if bias_E is not None and moved_E is not None and moved_E.dtype in (torch.bfloat16, torch.float16):
+            self.select_bias = bias_E.to(moved_E.device)      # update_bias's small steps would round away
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle starts afresh: aux_loss belongs to a graph that stays here.
@@ -125,8 +134,9 @@ class Router(nn.Module):
 def aux_loss(model: nn.Module) -> Tensor:
     """Sum of the auxiliary losses of every :class:`Router` in ``model``.
 
-    Belongs to the last training forward; add it to the task's loss. A scalar; 0 where no
-    router has one.
+    Each belongs to its router's last training forward (of a router called twice, to the second
+    call); add the sum to the task's loss, and backpropagate it with that step. An evaluation leaves
+    it as it is. A scalar; 0 where no router has one.
 
     Raises:
         RuntimeError: a router's loss has no gradient although its weights want one, as happens
@@ -153,6 +163,9 @@ def update_bias(model: nn.Module, rate: float = 1e-3, group: dist.ProcessGroup |
     b_e += rate * sign(mean(load) - load_e), with the load since the last update summed over the
     ranks of ``group`` (default: all ranks, where torch.distributed is initialised; every rank
     must call). Call once a step, after the optimizer. DeepSeek-V3, arXiv:2412.19437, 2.1.2.
+
+    Raises:
+        ValueError, TypeError: see :func:`lina.ops.update_bias`.
     """
     for module in model.modules():
         if not isinstance(module, Router) or module.select_bias is None:

@@ -29,10 +29,12 @@ class SharedExpert(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the weights anew (normal, standard deviation 1 / sqrt(inputs))."""
         for weight in (self.w_up, self.w_down):
             nn.init.normal_(weight, std=weight.shape[-1]**-0.5)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] to [T, D], in the weights' dtype. Raises as :func:`lina.ops.moe`."""
         T = x_TD.shape[0]
         ones_T1 = x_TD.new_ones(T, 1, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         zeros_T1 = x_TD.new_zeros(T, 1, dtype=torch.int32)

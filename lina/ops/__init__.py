@@ -6,7 +6,7 @@ plain PyTorch in ``lina.reference``.
 
 from lina.ops.combine import combine
 from lina.ops.experts import ACTIVATIONS, GATED, experts
-from lina.ops.gate import Routing, balance_loss, gate, jitter, update_bias
+from lina.ops.gate import Routing, balance_loss, check_gate, gate, jitter, update_bias
 from lina.ops.moe import moe
 from lina.ops.once import once
 from lina.ops.sort import Rows, sort
@@ -17,6 +17,7 @@ __all__ = [
     "Routing",
     "Rows",
     "balance_loss",
+    "check_gate",
     "combine",
     "experts",
     "gate",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lina.ops.experts import needs_grad, wanted
-from lina.ops.once import once
+from lina.ops.experts import check_rows, wanted
+from lina.ops.once import needs_grad, once
 from lina.ops.sort import Rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,7 +36,7 @@ def combine(y_ND: Tensor, rows: Rows, weight_TK: Tensor | None = None) -> Tensor
         raise TypeError(f"combine: y_ND is a {type(y_ND).__name__}, must be a Tensor")
     if y_ND.dtype not in _DTYPES:
         raise TypeError(f"combine: y_ND is of {y_ND.dtype}, must be float32, bfloat16, float16 or float64")
-    if y_ND.dtype == torch.float64 and y_ND.device.type != "cpu":
+    if y_ND.dtype == torch.float64 and y_ND.device.type == "cuda":
         raise TypeError(f"combine: y_ND is of float64 on {y_ND.device}; float64 is for the CPU only")
     if y_ND.dim() != 2:
         raise ValueError(f"combine: y_ND has {y_ND.dim()} dimensions, must have 2: rows, width")
@@ -44,6 +44,7 @@ def combine(y_ND: Tensor, rows: Rows, weight_TK: Tensor | None = None) -> Tensor
         raise ValueError(
             f"combine: y_ND has {y_ND.shape[0]} rows, the sorted pairs are {rows.row_pair_N.shape[0]}"
         )
+    check_rows("combine", rows, y_ND)
     weight_TK = router_weight("combine", weight_TK, y_ND, rows.pair_row_TK.shape)
     if needs_grad(y_ND, weight_TK):
         return _Combine.apply(y_ND, weight_TK, rows.pair_row_TK, rows.row_pair_N)

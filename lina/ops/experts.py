@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lina.ops.once import once
+from lina.ops.once import needs_grad, once
 from lina.ops.sort import Rows
 
 GATED = ("swiglu", "geglu", "swiglu_clamped")
@@ -75,6 +75,7 @@ def experts(
         raise ValueError(f"experts: rows were sorted for {rows.offset_E1.shape[0] - 1} experts, w_up has {E}")
     if rows.pair_row_TK.shape[0] != T:
         raise ValueError(f"experts: rows are of {rows.pair_row_TK.shape[0]} tokens, x_TD has {T}")
+    check_rows("experts", rows, x_TD)
     options = ACTIVATIONS[activation], bool(interleaved), float(alpha), float(limit)
     if needs_grad(x_TD, w_up, w_down, b_up, b_down):
         return _Experts.apply(x_TD, *rows, w_up, b_up, w_down, b_down, options)
@@ -92,17 +93,12 @@ def experts(
     )[0]
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want this call's backward pass, so that h must be kept."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def autocast(op: str, x_TD: Tensor, *others: Tensor | None) -> tuple:
     """Under autocast, the arguments in its dtype (float64 stays, as in torch); else as they are."""
     if not isinstance(x_TD, Tensor):
         raise TypeError(f"{op}: x_TD is a {type(x_TD).__name__}, must be a Tensor")
     kind = x_TD.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x_TD, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
@@ -124,7 +120,7 @@ def check(
     """Raises what ``experts`` and ``moe`` document."""
     if x_TD.dtype not in _DTYPES:
         raise TypeError(f"{op}: x_TD is of {x_TD.dtype}, must be float32, bfloat16, float16 or float64")
-    if x_TD.dtype == torch.float64 and x_TD.device.type != "cpu":
+    if x_TD.dtype == torch.float64 and x_TD.device.type == "cuda":
         raise TypeError(f"{op}: x_TD is of float64 on {x_TD.device}; float64 is for the CPU only")
     if x_TD.dim() != 2:
         raise ValueError(f"{op}: x_TD has {x_TD.dim()} dimensions, must have 2: tokens, width")
@@ -163,6 +159,13 @@ def check(
     ):
         if t is not None and t.shape != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, must be {shape} for {activation}")
+
+
+def check_rows(op: str, rows: Rows, like: Tensor) -> None:
+    """The indices lie where the values do: with one on meta torch would run the shape-only kernel."""
+    for name, index in zip(rows._fields, rows, strict=True):
+        if index.device != like.device:
+            raise ValueError(f"{op}: rows.{name} lies on {index.device}, must lie on {like.device}")
 
 
 class _Experts(torch.autograd.Function):

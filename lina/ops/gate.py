@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lina.ops.once import once
+from lina.ops.once import needs_grad, once
 
 SCORES = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2}  # enum lina_score
 GROUP_SCORES = {"top2": 2, "max": 1}  # group_top
@@ -90,8 +90,7 @@ def gate(
         GROUP_SCORES[group_score],
         bool(stats),
     )
-    differentiable = logits_TE.requires_grad and torch.is_grad_enabled()
-    routing = _Gate.apply(*arguments) if differentiable else _forward(*arguments)
+    routing = _Gate.apply(*arguments) if needs_grad(logits_TE) else _forward(*arguments)
     return Routing(*routing) if stats else Routing(*routing[:2])
 
 
@@ -110,19 +109,42 @@ def _check(
         raise TypeError(
             f"gate: logits_TE is of {logits_TE.dtype}, must be float32, bfloat16, float16 or float64"
         )
-    if logits_TE.dtype == torch.float64 and logits_TE.device.type != "cpu":
+    if logits_TE.dtype == torch.float64 and logits_TE.device.type == "cuda":
         raise TypeError(f"gate: logits_TE is of float64 on {logits_TE.device}; float64 is for the CPU only")
     if logits_TE.dim() != 2:
         raise ValueError(f"gate: logits_TE has {logits_TE.dim()} dimensions, must have 2: tokens, experts")
     E = logits_TE.shape[1]
-    if not 1 <= E <= MAX_EXPERTS:
-        raise ValueError(f"gate: logits_TE has {E} experts, limit 1..{MAX_EXPERTS}")
+    check_gate(E, top_k, score, groups, top_groups, group_score)
     if logits_TE.shape[0] > MAX_ELEMENTS // E:
         raise ValueError(f"gate: logits_TE has {logits_TE.shape[0]} * {E} elements, limit {MAX_ELEMENTS}")
-    for name, value in (("top_k", top_k), ("groups", groups), ("top_groups", top_groups)):
+    if bias_E is None:
+        return
+    if not isinstance(bias_E, Tensor) or not bias_E.is_floating_point():
+        raise TypeError(
+            f"gate: bias_E is {getattr(bias_E, 'dtype', type(bias_E).__name__)}, must be a float Tensor"
+        )
+    if bias_E.shape != (E,):
+        raise ValueError(f"gate: bias_E has shape {tuple(bias_E.shape)}, must be ({E},)")
+    if bias_E.device != logits_TE.device:
+        raise ValueError(f"gate: bias_E lies on {bias_E.device}, must lie on {logits_TE.device}")
+
+
+def check_gate(
+    experts: int, top_k: int, score: str, groups: int, top_groups: int | None, group_score: str
+) -> None:
+    """Raises the TypeError or ValueError with which :func:`gate` would refuse these options."""
+    E = experts
+    for name, value in (
+        ("experts", experts),
+        ("top_k", top_k),
+        ("groups", groups),
+        ("top_groups", top_groups),
+    ):
         if (value is None and name == "top_groups") or isinstance(value, (int, torch.SymInt)):
             continue
         raise TypeError(f"gate: {name} is a {type(value).__name__}, must be an int")
+    if not 1 <= E <= MAX_EXPERTS:
+        raise ValueError(f"gate: {E} experts, limit 1..{MAX_EXPERTS}")
     if not 1 <= top_k <= min(E, MAX_TOP_K):
         raise ValueError(f"gate: top_k={top_k}, limit 1..{min(E, MAX_TOP_K)} for {E} experts")
     if score not in SCORES:
@@ -137,16 +159,6 @@ def _check(
         raise ValueError(
             f"gate: top_groups={top_groups} of {E // groups} experts each hold fewer than top_k={top_k}"
         )
-    if bias_E is None:
-        return
-    if not isinstance(bias_E, Tensor) or not bias_E.is_floating_point():
-        raise TypeError(
-            f"gate: bias_E is {getattr(bias_E, 'dtype', type(bias_E).__name__)}, must be a float Tensor"
-        )
-    if bias_E.shape != (E,):
-        raise ValueError(f"gate: bias_E has shape {tuple(bias_E.shape)}, must be ({E},)")
-    if bias_E.device != logits_TE.device:
-        raise ValueError(f"gate: bias_E lies on {bias_E.device}, must lie on {logits_TE.device}")
 
 
 def _forward(*arguments):

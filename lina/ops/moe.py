@@ -19,10 +19,9 @@ from lina.ops.experts import (
     NEED_DX,
     autocast,
     check,
-    needs_grad,
     wanted,
 )
-from lina.ops.once import once
+from lina.ops.once import needs_grad, once
 from lina.ops.sort import sort
 
 

@@ -1,4 +1,4 @@
-"""Backward passes that refuse to be differentiated themselves."""
+"""When an operator needs an autograd node, and backward passes that cannot be differentiated themselves."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def once(backward: Callable) -> Callable:
         return tuple(next(refusing) if t is not None else None for t in out)
 
     return wrapper
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see this call: for a backward pass, or to refuse forward-mode differentiation,
+    whose tangents a raw operator would drop in silence."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Refuse(torch.autograd.Function):
