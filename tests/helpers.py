@@ -191,6 +191,18 @@ def assert_no_double_backward(output: Tensor, x: Tensor) -> None:
         raise AssertionError("a double backward did not raise")
 
 
+def assert_no_forward_mode(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """A forward-mode derivative is refused: a raw operator would drop the tangent and give zero."""
+    x = x.detach()
+    try:
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    except RuntimeError as error:
+        text = str(error)
+        assert any(word in text for word in ("jvp", "forward mode", "forward AD")), f"unclear error: {text}"
+    else:
+        raise AssertionError("forward-mode differentiation did not raise")
+
+
 def on_side_stream(call: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
     """CUDA: runs ``call`` on a new stream that first sleeps: a kernel on a wrong stream is too early."""
     stream = torch.cuda.Stream()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from lina import ops, reference
 
@@ -14,11 +15,13 @@ from helpers import (
     OPCHECKS,
     acc_dtype,
     assert_no_double_backward,
+    assert_no_forward_mode,
     assert_repeatable,
     float_dtypes,
     generator,
     on_side_stream,
     random_experts,
+    replayed,
     strided,
     twin_inputs,
 )
@@ -117,6 +120,55 @@ def test_strided_repeatable_double(device):
     assert torch.equal(ops.combine(strided(y), rows, strided(weight)), ops.combine(y, rows, weight))
     assert_repeatable(lambda: [ops.combine(y, rows, weight)])
     assert_no_double_backward(ops.combine(y, rows, weight), y)
+    assert_no_forward_mode(lambda y: ops.combine(y, rows, weight.detach()), y)
+
+
+def everything(y, rows, weight, dout=None):
+    """The result and both gradients."""
+    out = ops.combine(y, rows, weight)
+    dout = torch.linspace(-2, 2, out.numel(), device=y.device).view_as(out) if dout is None else dout
+    return out, *torch.autograd.grad(out, (y, weight), dout.to(out.dtype))  # no copy if it is so already
+
+
+def assert_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_backward_repeatable_and_strided(device):
+    y, rows, weight = inputs(device, torch.bfloat16)
+    assert_repeatable(lambda: everything(y, rows, weight))
+    dout = torch.randn(9, 16, generator=generator(2)).to(device=device, dtype=torch.bfloat16)
+    want = everything(y, rows, weight, dout)
+    column = dout[:, :1].expand(9, 16)  # every stride of the last dimension is 0
+    for same in (strided(dout), dout.t().contiguous().t()):
+        assert_same(everything(y, rows, weight, same), want)
+    assert_same(everything(y, rows, weight, column), everything(y, rows, weight, column.contiguous()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(device, reentrant):
+    y, rows, weight = inputs(device)
+    want = everything(y, rows, weight)
+    dout = torch.linspace(-2, 2, want[0].numel(), device=device).view_as(want[0])
+    out = checkpoint(lambda y, w: ops.combine(y, rows, w), y, weight, use_reentrant=reentrant)
+    out.backward(dout)
+    assert_same((out, y.grad, weight.grad), want)
+
+
+def test_limits(device):
+    """K at its limit, with repeats; no width at all: the router's gradient is a sum of nothing."""
+    expert = torch.randint(-1, 4, (2, 1024), generator=generator(1), dtype=torch.int32).to(device)
+    y, y_ref = (t.detach().to(d).requires_grad_() for t, d in
+                zip(twin_inputs((2048, 3), torch.float32), (device, "cpu"), strict=True))
+    weight, weight_ref = (t.detach().to(d).requires_grad_() for t, d in
+                          zip(twin_inputs((2, 1024), torch.float32, seed=1), (device, "cpu"), strict=True))
+    check(y, y_ref, weight, weight_ref, expert, 4)
+    poison = torch.full((18,), float("nan"), device=device)  # what the allocator hands out next
+    del poison
+    y, rows, weight = inputs(device)
+    out, dy, dweight = everything(y.detach()[:, :0].requires_grad_(), rows, weight)
+    assert out.shape == (9, 0) and dy.shape == (18, 0) and torch.equal(dweight, torch.zeros_like(weight))
 
 
 def test_gradcheck():
@@ -160,6 +212,25 @@ def test_side_stream():
     want = ops.combine(y, rows, weight)
     (got,) = on_side_stream(lambda: [ops.combine(y, rows, weight)])
     assert torch.equal(got, want)
+    assert_same(on_side_stream(lambda: everything(y, rows, weight)), everything(y, rows, weight))
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    y, rows, weight = inputs("cuda", torch.bfloat16)
+    values = [torch.randn_like(t) for t in (y, weight)]
+    other = ops.sort(random_experts(9, 4, 2, seed=3, device="cuda"), 4)
+    dout = torch.randn(9, 16, device="cuda")
+    got = replayed(lambda: everything(y, rows, weight, dout), [y, weight, *rows], [*values, *other])
+    assert_same(got, everything(values[0].requires_grad_(), other, values[1].requires_grad_(), dout))
+
+
+@pytest.mark.parametrize("field", ops.Rows._fields)
+def test_rows_elsewhere(field):
+    y, rows, weight = inputs()
+    away = rows._replace(**{field: getattr(rows, field).to("meta")})
+    with pytest.raises(ValueError, match=f"combine: rows.{field} lies on meta, must lie on cpu"):
+        ops.combine(y, away, weight)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +271,10 @@ def index(*values):
         ),
         ((torch.zeros(2, 4), torch.zeros(2, 2), index([0, 1])), r"weight.shape\[0\] is 2, must be 1"),
         ((torch.zeros(2, 4).bool(), None, index([0, 1])), "y is of another dtype, must be one of float32"),
+        ((torch.zeros(3, 4), None, index([0, 1])), "y has 3 rows, must be at most the 2 pairs"),
+        ((torch.zeros(2, 4), None, index([0]).expand(2**21, 1024)), "2147483648 elements, must be below 2"),
+        ((torch.zeros(2, 4), None, index([0, 1]).to("meta")), "pair_row lies on meta, must lie on cpu"),
+        ((torch.zeros(2, 4), torch.zeros(1, 2, device="meta"), index([0, 1])), "weight lies on meta"),
     ],
 )
 def test_raw_errors(args, text):
@@ -214,6 +289,8 @@ def test_raw_errors(args, text):
         (torch.zeros(1, 4).half(), index(0, 1), "dout is of float16, must be one of float32"),
         (torch.zeros(1, 4), index(0, 2), r"row_pair\[1\] is 2, must be -1 to 1"),
         (torch.zeros(1, 4), index(0), r"row_pair.shape\[0\] is 1, must be 2"),
+        (torch.zeros(1, 4, device="meta"), index(0, 1), "dout lies on meta"),
+        (torch.zeros(1, 4), index(0, 1).to("meta"), "row_pair lies on meta"),
     ],
 )
 def test_raw_backward_errors(dout, row_pair, text):

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lina import ops, reference
 
-from helpers import OPCHECKS, assert_no_double_backward, assert_repeatable, float_dtypes, generator
+from helpers import (
+    OPCHECKS,
+    assert_no_double_backward,
+    assert_no_forward_mode,
+    assert_repeatable,
+    float_dtypes,
+    generator,
+    on_side_stream,
+    replayed,
+    strided,
+)
 from moe_case import NAMES, Case, ids, tensors
 
 OPTIONS = 0, False, 1.702, 7.0  # swiglu, gates first, alpha, limit
@@ -48,6 +59,86 @@ def test_unspecified_rows_do_not_leak(device):
 def test_repeatable(device):
     case = Case(65, 24, 16, 4, 2, torch.bfloat16, device)
     assert_repeatable(lambda: tensors(case, case.run_parts()))
+
+
+def node(case, rows=None, dy=None, **replaced):
+    """experts alone: y and every gradient; dy is random unless given."""
+    v = {**case.low, **replaced}
+    rows = ops.sort(case.expert, v["w_up"].shape[0]) if rows is None else rows
+    y = ops.experts(v["x"], rows, v["w_up"], v["w_down"], b_up=v["b_up"], b_down=v["b_down"], **case.options)
+    dy = torch.linspace(-2, 2, y.numel(), device=y.device).view_as(y) if dy is None else dy
+    return y, *torch.autograd.grad(y, [v[n] for n in NAMES if n != "weight"], dy.to(y.dtype))
+
+
+def assert_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strided(device):
+    case = Case(7, 16, 8, 4, 2, torch.bfloat16, device)
+    dy = torch.randn(14, 16, generator=generator(3)).to(device=device, dtype=torch.bfloat16)
+    want = node(case, dy=dy)
+    assert_same(node(case, dy=dy.t().contiguous().t(), x=strided(case.low["x"])), want)
+    assert_same(node(case, dy=strided(dy)), want)
+    column = dy[:, :1].expand(14, 16)  # the stride of the last dimension is 0
+    assert_same(node(case, dy=column), node(case, dy=column.contiguous()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(device, reentrant):
+    case = Case(9, 16, 8, 4, 2, torch.float32, device)
+    v, rows, want = case.low, ops.sort(case.expert, 4), node(case)
+
+    def run(x):
+        return ops.experts(x, rows, v["w_up"], v["w_down"], b_up=v["b_up"], b_down=v["b_down"])
+
+    y = checkpoint(run, v["x"], use_reentrant=reentrant)
+    y.backward(torch.linspace(-2, 2, y.numel(), device=device).view_as(y))
+    assert_same((y, *(v[n].grad for n in NAMES if n != "weight")), want)
+
+
+def test_most_experts(device):
+    """E at its limit, most without rows; in bf16 one more than torch's grouped product takes."""
+    used = torch.tensor([0, 7, 512, 1022, 1023], device=device)
+    idle = torch.ones(1024, dtype=torch.bool, device=device).index_fill(0, used, False)
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(9, 8, 8, 5, 2, dtype, device)
+        x, weight, *small = (case.low[n] for n in NAMES)
+        wide = [w.new_zeros(1024, *w.shape[1:]).index_copy(0, used, w) for w in small]
+        rows = ops.sort(used[case.expert.long()].int(), 1024)
+        y = ops.experts(x, rows, wide[0], wide[1], b_up=wide[2], b_down=wide[3])
+        out = ops.combine(y, rows, weight)
+        for g in torch.autograd.grad(out.float().sum(), wide, retain_graph=True):
+            assert (g[idle] == 0).all() and (g[~idle] != 0).any()
+        case.check(out)
+
+
+@pytest.mark.gpu
+def test_side_stream():
+    case = Case(300, 64, 64, 8, 2, torch.bfloat16, "cuda")
+    assert_same(on_side_stream(lambda: node(case)), node(case))
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    case, other = (Case(300, 64, 64, 8, 2, torch.bfloat16, "cuda", seed=s) for s in (0, 1))
+    rows, new = ops.sort(case.expert, 8), ops.sort(other.expert, 8)
+    leaves = [n for n in NAMES if n != "weight"]
+    dy = torch.randn(600, 64, generator=generator(4)).cuda()
+    got = replayed(
+        lambda: node(case, rows, dy),
+        [*(case.low[n] for n in leaves), *rows],
+        [*(other.low[n] for n in leaves), *new],
+    )
+    assert_same(got, node(other, new, dy))
+
+
+def test_forward_mode_is_refused(device):
+    case = Case(5, 8, 8, 4, 2, torch.float32, device)
+    v = {n: t.detach() for n, t in case.low.items()}
+    rows = ops.sort(case.expert, 4)
+    assert_no_forward_mode(lambda x: ops.experts(x, rows, v["w_up"], v["w_down"]), v["x"])
 
 
 def test_no_grad_and_autocast(device):

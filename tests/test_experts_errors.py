@@ -15,6 +15,11 @@ def uses(t):
     return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
 
 
+def changed(good, change):
+    """A function in ``change`` is applied to the good argument."""
+    return {**good, **{n: v(good[n]) if callable(v) else v for n, v in change.items()}}
+
+
 FWD = (
     "x",
     "offset",
@@ -61,6 +66,12 @@ FWD = (
         (dict(k=0), "k is 0 with 6 tokens"),
         (dict(k=2**40), "k is 1099511627776 with 6 tokens, must be 1 to 1024 and their product below 2"),
         (dict(activation=7), "activation is 7, must be 0 to 6"),
+        (dict(x=torch.zeros(1, 16).expand(2**21, 16), k=1024), "k is 1024 with 2097152 tokens"),
+        (dict(k=1025), "k is 1025 with 6 tokens, must be 1 to 1024"),
+        (dict(x=torch.zeros(6, 0)), "widths D = 0, F = 8, must be at least 1"),
+        (dict(w_up=torch.zeros(1, 1, 1).expand(1025, 16, 16)), r"\(experts\) is 1025, must be 1 to 1024"),
+        *((dict.fromkeys([n], lambda t: t.to("meta")), f"experts: {n} lies on meta, must lie on cpu")
+          for n in ("offset", "row_pair", "w_up", "b_up", "w_down", "b_down")),
     ],
     ids=lambda v: "+".join(v) if isinstance(v, dict) else None,
 )
@@ -85,7 +96,7 @@ def test_forward_errors(change, text):
             strict=True,
         )
     )
-    args = tuple({**good, **change}.values())
+    args = tuple(changed(good, change).values())
     held = [t for t in args if isinstance(t, torch.Tensor)]
     before = [uses(t) for t in held]
     with pytest.raises(RuntimeError, match=text):
@@ -124,6 +135,8 @@ BWD = (
         (dict(pair_row=torch.zeros(5, 2, dtype=torch.int32)), r"pair_row.shape\[0\] is 5, must be 6"),
         (dict(b_down=torch.zeros(4, 8)), r"b_down.shape\[1\] is 8, must be 16"),
         (dict(need=64), "need is 64, must be 0 to 63"),
+        *((dict.fromkeys([n], lambda t: t.to("meta")), f"experts_bwd: {n} lies on meta, must lie on cpu")
+          for n in ("dy", "weight", "h", "pair_row", "w_down", "b_down")),
     ],
     ids=lambda v: "+".join(v) if isinstance(v, dict) else None,
 )
@@ -147,7 +160,7 @@ def test_backward_errors(change, text):
             strict=True,
         )
     )
-    args = tuple({**good, **change}.values())
+    args = tuple(changed(good, change).values())
     held = [t for t in args if isinstance(t, torch.Tensor)]
     before = [uses(t) for t in held]
     with pytest.raises(RuntimeError, match=text):
@@ -162,3 +175,32 @@ def test_rows_of_another_sort():
         ops.experts(v["x"], ops.sort(case.expert, 5), v["w_up"], v["w_down"])
     with pytest.raises(ValueError, match="rows are of 5 tokens, x_TD has 6"):
         ops.experts(v["x"], ops.sort(case.expert[:5], 4), v["w_up"], v["w_down"])
+
+
+@pytest.mark.parametrize("field", ops.Rows._fields)
+def test_rows_elsewhere(field):
+    case = Case(6, 16, 8, 4, 2)
+    v, rows = case.low, ops.sort(case.expert, 4)
+    away = rows._replace(**{field: getattr(rows, field).to("meta")})
+    with pytest.raises(ValueError, match=f"experts: rows.{field} lies on meta, must lie on cpu"):
+        ops.experts(v["x"], away, v["w_up"], v["w_down"])
+
+
+@pytest.mark.gpu
+def test_float64_is_for_the_cpu():
+    case = Case(6, 16, 8, 4, 2, device="cuda")
+    v = {n: t.detach().double() for n, t in case.low.items()}
+    rows = ops.sort(case.expert, 4)
+    y = torch.zeros(12, 16, dtype=torch.float64, device="cuda")
+    for op, call in (
+        ("experts", lambda: ops.experts(v["x"], rows, v["w_up"], v["w_down"])),
+        ("moe", lambda: ops.moe(v["x"], v["weight"], case.expert, v["w_up"], v["w_down"])),
+        ("combine", lambda: ops.combine(y, rows)),
+    ):
+        with pytest.raises(TypeError, match=f"{op}: .* is of float64 on cuda:0; float64 is for the CPU only"):
+            call()
+    options = (2, *OPTIONS, False)
+    with pytest.raises(RuntimeError, match="experts: x is of float64, which only the CPU takes"):
+        torch.ops.lina.experts_fwd(v["x"], *rows[:2], v["w_up"], None, v["w_down"], None, *options)
+    with pytest.raises(RuntimeError, match="combine: y is of float64, which only the CPU takes"):
+        torch.ops.lina.combine_fwd(y, None, rows.pair_row_TK)

@@ -155,6 +155,9 @@ RAW_ERRORS = [
     (dict(group_top=3), "group_top=3"),
     (dict(bias=torch.zeros(3)), "bias"),
     (dict(bias=torch.zeros(12).double()), "bias is of float64"),
+    (dict(bias=torch.zeros(12, device="meta")), "bias lies on meta, must lie on cpu"),
+    (dict(logits=X.to("meta"), bias=torch.zeros(12)), "bias lies on cpu, must lie on meta"),
+    (dict(logits=torch.zeros(1, 1).expand(2**21, 1024)), r"T\*E=2097152\*1024 elements, limit 2\^31-1"),
 ]
 
 
@@ -173,6 +176,9 @@ def test_raw_operator_checks_for_itself(change, text):
         (dict(dweight=torch.zeros(4, 2).double()), "dweight is of float64"),
         (dict(dstat=torch.zeros(12)), "dstat"),
         (dict(score=5), "score=5"),
+        (dict(logits=torch.zeros(1, 1).expand(2**21, 1024)), r"T\*E=2097152\*1024 elements"),
+        *((dict.fromkeys([n], t.to("meta")), f"{n} lies on meta, must lie on cpu") for n, t in (
+            ("expert", torch.zeros(4, 2).int()), ("dweight", torch.zeros(4, 2)), ("dstat", torch.zeros(13)))),
     ],
 )
 def test_raw_backward_checks_for_itself(change, text):

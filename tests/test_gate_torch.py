@@ -93,6 +93,10 @@ def test_double_backward_raises(device):
         grad.square().sum().backward()
 
 
+def test_forward_mode_is_refused(device):
+    helpers.assert_no_forward_mode(lambda x: ops.gate(x, 2).weight_TK, torch.randn(4, 8, device=device))
+
+
 def test_autocast_leaves_logits_alone(device):
     x = torch.randn(6, 16, device=device)
     with torch.autocast(device, torch.bfloat16):

@@ -241,6 +241,7 @@ def test_file_lengths():
 @pytest.mark.parametrize("op", OPS)
 def test_one_subject_one_name(op):
     wanted = [f"csrc/ops/{op}.h", f"csrc/ops/{op}.c", f"lina/ops/{op}.py", f"tests/test_{op}.py"]
+    wanted.append(f"benchmarks/bench_{op}.py")
     assert [name for name in wanted if not (ROOT / name).is_file()] == []
     assert [p.name for p in CSRC.glob("cuda/*.cu") if re.fullmatch(rf"{op}(_[a-z_]+)?", p.stem)] != []
 

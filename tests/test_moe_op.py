@@ -12,6 +12,7 @@ from lina import reference
 
 from helpers import (
     assert_no_double_backward,
+    assert_no_forward_mode,
     assert_repeatable,
     float_dtypes,
     generator,
@@ -165,14 +166,15 @@ def test_compile_fullgraph(device):
         assert torch.equal(got, ref)
 
 
-def test_autocast(device):
-    """Float32 parameters under bf16: results of bf16 operands, gradients in the parameters' dtype."""
-    case, low = Case(9, 16, 8, 4, 2, torch.float32, device), Case(9, 16, 8, 4, 2, torch.bfloat16, device)
-    with torch.autocast(device, torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(device, dtype):
+    """Float32 parameters: results of narrow operands, gradients in the parameters' dtype."""
+    case, low = Case(9, 16, 8, 4, 2, torch.float32, device), Case(9, 16, 8, 4, 2, dtype, device)
+    with torch.autocast(device, dtype):
         out = case.run()
     want = low.run(weight=case.low["weight"])
-    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
-    dout = case.dout.to(device)
+    assert out.dtype == dtype and torch.equal(out, want)
+    dout = case.dout.to(device=device, dtype=dtype)
     got = torch.autograd.grad(out, list(case.low.values()), dout)
     leaves = [case.low[n] if n == "weight" else low.low[n] for n in case.low]
     for name, g, ref in zip(case.low, got, torch.autograd.grad(want, leaves, dout), strict=True):
@@ -195,6 +197,13 @@ def test_double_backward_raises(device):
     (grad,) = torch.autograd.grad(case.run().sum(), case.low["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="lina: moe is differentiable once"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused(device):
+    case = Case(5, 8, 8, 4, 2, torch.float32, device)
+    case.low = {n: t.detach() for n, t in case.low.items()}
+    for name in ("x", "weight", "w_up"):
+        assert_no_forward_mode(lambda t, name=name: case.run(**{name: t}), case.low[name])
 
 
 def test_narrow_router_weights(device):

@@ -91,7 +91,7 @@ class Router(nn.Module):
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self.logits_dtype is None:
             return F.linear(x_TD, self.weight)
-        device = x_TD.device.type if torch.amp.is_autocast_available(x_TD.device.type) else "cpu"
+        device = "cpu" if x_TD.is_meta else x_TD.device.type      # meta has no autocast to turn off
         with torch.autocast(device, enabled=False):
             return F.linear(x_TD.to(self.logits_dtype), self.weight.to(self.logits_dtype))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lina.ops.devices import check_devices
 from lina.ops.experts import check_rows, wanted
 from lina.ops.once import needs_grad, once
 from lina.ops.sort import Rows
@@ -84,10 +85,12 @@ class _Combine(torch.autograd.Function):
 
 @torch.library.register_fake("lina::combine_fwd")
 def _fake_fwd(y, weight, pair_row):
+    check_devices("combine", y, weight=weight, pair_row=pair_row)
     return y.new_empty((pair_row.shape[0], y.shape[1]))
 
 
 @torch.library.register_fake("lina::combine_bwd")
 def _fake_bwd(dout, y, weight, pair_row, row_pair):
+    check_devices("combine_bwd", y, dout=dout, weight=weight, pair_row=pair_row, row_pair=row_pair)
     acc = torch.float64 if y.dtype == torch.float64 else torch.float32
     return y.new_empty(y.shape), y.new_empty((0,) if weight is None else pair_row.shape, dtype=acc)

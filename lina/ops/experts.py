@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lina.ops.devices import check_devices
 from lina.ops.once import needs_grad, once
 from lina.ops.sort import Rows
 
@@ -98,7 +99,7 @@ def autocast(op: str, x_TD: Tensor, *others: Tensor | None) -> tuple:
     if not isinstance(x_TD, Tensor):
         raise TypeError(f"{op}: x_TD is a {type(x_TD).__name__}, must be a Tensor")
     kind = x_TD.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta has no autocast to ask for
         return x_TD, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
@@ -207,6 +208,8 @@ def wanted(need: tuple, gradients: tuple) -> tuple:
 def _fake_fwd(
     x, offset, row_pair, w_up, b_up, w_down, b_down, k, activation, interleaved, alpha, limit, save
 ):
+    indices = dict(offset=offset, row_pair=row_pair)
+    check_devices("experts", x, **indices, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
     N = row_pair.shape[0]
     return x.new_empty((N, x.shape[1])), x.new_empty((N if save else 0, w_up.shape[1]))
 
@@ -229,6 +232,9 @@ def _fake_bwd(
     limit,
     need,
 ):
+    indices = dict(offset=offset, row_pair=row_pair, pair_row=pair_row)
+    values = dict(dy=dy, weight=weight, h=h, w_up=w_up, w_down=w_down, b_down=b_down)
+    check_devices("experts_bwd", x, **indices, **values)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     E, U, D = w_up.shape
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lina.ops.devices import check_devices
 from lina.ops.once import needs_grad, once
 
 SCORES = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2}  # enum lina_score
@@ -197,6 +198,7 @@ class _Gate(torch.autograd.Function):
 
 @torch.library.register_fake("lina::gate_fwd")
 def _fake_fwd(logits, bias, k, score, renorm, scale, groups, top_groups, group_top, stats):
+    check_devices("gate", logits, bias=bias)
     T, E = logits.shape
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (
@@ -209,6 +211,7 @@ def _fake_fwd(logits, bias, k, score, renorm, scale, groups, top_groups, group_t
 
 @torch.library.register_fake("lina::gate_bwd")
 def _fake_bwd(logits, expert, dweight, dstat, score, renorm, scale):
+    check_devices("gate", logits, expert=expert, dweight=dweight, dstat=dstat)
     return logits.new_empty(logits.shape)
 
 
