@@ -69,9 +69,7 @@ def spread_net(net: Net, gate: str, mesh) -> Net:
     """The same with this rank's experts only."""
     like = next(net.parameters())
     mine = Net(gate, mesh, device=like.device, dtype=like.dtype)
-    state = net.state_dict()
-    local = {e.name for e in parallel.expert_parameters(mine)}
-    mine.load_state_dict({k: parallel.shard(v, mesh) if k in local else v for k, v in state.items()})
+    mine.load_state_dict(net.state_dict())
     return mine
 
 

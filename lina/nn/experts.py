@@ -20,7 +20,9 @@ class Experts(nn.Module):
 
     With a mesh, the rank with coordinate r of dimension "ep" holds the experts from r * L to
     (r + 1) * L, as plain local parameters. Initial weights are drawn expert by expert, so that
-    one seed gives one model whatever the number of ranks.
+    one seed gives one model whatever the number of ranks. The state_dict of a part also holds ``ep``
+    (int64 [2]: r and the size of "ep"), so that no rank loads another's; one of all experts
+    (:func:`lina.gathered_state_dict`'s, or a single rank's) has none, and each rank takes its own.
 
     Raises:
         ValueError: unknown activation, or ``count`` not divisible by the size of "ep".
@@ -38,6 +40,7 @@ class Experts(nn.Module):
             raise ValueError(f"Experts: limit is {limit}, must be at least 0")
         self.dim, self.ffn_dim, self.count, self.mesh = dim, ffn_dim, count, mesh
         self.local = count if mesh is None else parallel.local_count(count, mesh)
+        self.first = 0 if mesh is None else parallel.ep_rank(mesh) * self.local
         self.options: dict[str, Any] = dict(activation=activation, interleaved=interleaved,
                                             alpha=alpha, limit=limit)
         U = 2 * ffn_dim if activation in ops.GATED else ffn_dim
@@ -50,7 +53,7 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew (normal, standard deviation 1 / sqrt(inputs)); biases to zero."""
-        first = 0 if self.mesh is None else parallel.ep_rank(self.mesh) * self.local
+        first = self.first
         for weight in (self.w_up, self.w_down):
             with torch.no_grad():
                 spare = torch.empty_like(weight[0])
@@ -74,6 +77,23 @@ class Experts(nn.Module):
             x_TD, weight_TK, expert_TK, self.count, self.mesh.get_group("ep"))
         y_RD = ops.moe(x_RD, weight_RK, expert_RK, self.w_up, self.w_down, **options)
         return parallel.collect(y_RD, route)
+
+    @property
+    def ep(self) -> Tensor | None:
+        """Rank and size of "ep", as in the state_dict; None where all experts are here."""
+        return parallel.Part(self.first, self.local, self.count).stamp()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        part = parallel.Part(self.first, self.local, self.count)
+        names = [name for name, p in self._parameters.items() if p is not None]
+        parallel.stamp_or_gather(destination, prefix, names, "ep", part, self.mesh)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *more: Any) -> None:
+        part = parallel.Part(self.first, self.local, self.count)
+        parallel.take_part(state_dict, prefix, self._parameters, "ep", part,
+                           copy=local_metadata.get("assign_to_params_buffers", False))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
 
     def extra_repr(self) -> str:
         shown = f"{self.count}, dim={self.dim}, ffn_dim={self.ffn_dim}"

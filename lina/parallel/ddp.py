@@ -19,6 +19,8 @@ from lina.parallel.experts import ExpertParameter, expert_parameters
 from lina.parallel.mesh import groups
 from lina.parallel.reduce import ExpertReducer
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"      # torch's name
+
 
 class DataParallel(DistributedDataParallel):
     """What :func:`ddp` returns: a DistributedDataParallel that leaves experts to their replicas."""
@@ -39,12 +41,19 @@ class DataParallel(DistributedDataParallel):
                 raise ValueError(f"ddp: {name} is spread over ranks {_ranks(other.world)}, "
                                  f"the mesh given has {_ranks(world)}")
         _check_dense(module, experts)
-        ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *(e.name for e in experts)}
-        self._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        ignored = {*getattr(module, _IGNORED, ()), *(e.name for e in experts)}
         init_sync = options.get("init_sync", True)
         if init_sync:
             _check_same(experts, world)
-        super().__init__(module, process_group=world, **options)
+        former = vars(module).get(_IGNORED)
+        self._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        try:
+            super().__init__(module, process_group=world, **options)
+        finally:          # torch's constructor keeps a copy; a later wrapper must not find this one's
+            if former is None:
+                delattr(module, _IGNORED)
+            else:
+                setattr(module, _IGNORED, former)
         self.expert_reducer = ExpertReducer(
             experts, may_be_unused=self.find_unused_parameters or self.static_graph,
             static=self.static_graph)
@@ -52,6 +61,9 @@ class DataParallel(DistributedDataParallel):
             self.expert_reducer.broadcast()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.expert_reducer.released:
+            raise RuntimeError("ddp: the model's experts are no longer spread as they were when it was "
+                               "wrapped (lina.unswap); wrap it anew")
         if tracing.active() and self._hook is None and not torch.compiler.is_compiling():
             self._trace_buckets()
         output = super().forward(*args, **kwargs)
@@ -104,8 +116,9 @@ def ddp(model: nn.Module, mesh: DeviceMesh, **options: Any) -> DataParallel:
     Raises:
         ValueError: an option that cannot work, or ranks whose experts differ in names, shapes or
             dtypes; on every rank.
-        RuntimeError: no parameter outside the experts takes a gradient. In backward: another
-            rank failed or left, within the group's timeout.
+        RuntimeError: no parameter outside the experts takes a gradient. In forward: the model was
+            given back its experts (:func:`lina.unswap`) since. In backward: another rank failed or
+            left, within the group's timeout.
     """
     return DataParallel(model, mesh, **options)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ _SMALL = 1 << 20     # gradients of fewer bytes travel together, larger ones in 
 
 # One scaling hook a parameter, however often its model is wrapped.
 _scaled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_reducers: weakref.WeakSet[ExpertReducer] = weakref.WeakSet()
 
 
 class ExpertReducer:
@@ -48,6 +49,8 @@ class ExpertReducer:
         self.may_be_unused, self.static = may_be_unused, static
         self._used: dict[dist.ProcessGroup, list[bool]] = {}
         self._backward = -1
+        self.released = False          # by release(), for good
+        _reducers.add(self)
         for expert in experts:
             if expert.param.requires_grad:
                 _scale(expert.param, 1 / expert.groups.ep.size())
@@ -153,6 +156,19 @@ def _unscale(params: list[Any], handles: list[Any]) -> None:
         param = ref()
         if param is not None and handle is not None and _scaled.get(param) is handle:
             _scaled.pop(param).remove()
+
+
+def release(params: Iterable[torch.nn.Parameter]) -> None:
+    """Forget parameters that are spread no longer: their gradients are ordinary ones from now on."""
+    params = list(params)
+    for param in params:
+        if param in _scaled:
+            _scaled.pop(param).remove()
+        vars(param).pop("_ddp_ignored", None)       # torch's mark, set when their model was wrapped
+    gone = {id(p) for p in params}
+    for reducer in list(_reducers):
+        if any(id(p) in gone for params in reducer.by_replicas.values() for p in params):
+            reducer.released = True
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lina import ops
+from lina import ops, parallel
 from lina.swap.probe import agree, line, quiet, random
-from lina.swap.shell import DTYPES, MARKS, MAX_EXPERTS, Match, Shell, gathered, is_dtensor, run
+from lina.swap.shell import DTYPES, MARKS, MAX_EXPERTS, STAMP, Match, Shell, is_dtensor, run
 
 # Attributes that name a size, for the small copy: experts, model width, expert width.
 _SIZES = (("num_experts", "num_local_experts"), ("hidden_dim", "hidden_size"),
@@ -63,7 +63,17 @@ class StackedExperts(Shell):
 
     def lina_gather(self, mesh: DeviceMesh) -> None:
         for name in self.lina_form.names():
-            _renew(getattr(self, name), gathered(getattr(self, name).detach(), mesh))
+            _renew(getattr(self, name), parallel.gather(getattr(self, name), mesh))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        parallel.stamp_or_gather(destination, prefix, self.lina_form.names(), STAMP, self.lina_part(),
+                                 self.lina_experts().mesh)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *more: Any) -> None:
+        parallel.take_part(state_dict, prefix, self.lina_form.names(), STAMP, self.lina_part(),
+                           copy=local_metadata.get("assign_to_params_buffers", False))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
 
 
 def _renew(parameter: nn.Parameter, data: Tensor) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from lina import ops
-from lina.swap.shell import Shell, gathered, mark, run, unmark
+from lina import ops, parallel
+from lina.swap.shell import STAMP, Shell, mark, run, unmark
 
 KINDS = ("weight", "bias")
 
@@ -103,10 +103,39 @@ class LoopBlock(Shell):
                 rows = [getattr(linears[name], kind) for linears in mine]
                 if rows[0] is None:
                     continue
-                full = gathered(torch.stack(rows).detach(), mesh)
+                full = parallel.gather(torch.stack(rows), mesh)
                 for linears, row in zip(parts(experts, names), full, strict=True):
                     p = getattr(linears[name], kind)
                     p.grad, p.data = None, p.data if p.numel() else row.clone()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        part = self.lina_part()
+        if part.local == part.count:
+            return state
+        if not parallel.gathering():
+            state[prefix + STAMP] = part.stamp()
+            return state
+        mine = _numbered(state, f"{prefix}experts.")
+        held = {key: state.pop(key) for key in mine}
+        for key, (e, rest) in mine.items():     # numbered from 0 on every rank
+            rows = parallel.gather(held[key][None], self.experts.mesh)
+            state.update((f"{prefix}experts.{r * part.local + e}.{rest}", row) for r, row in enumerate(rows))
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
+        part, said = self.lina_part(), state_dict.pop(prefix + STAMP, None)
+        found = _numbered(state_dict, f"{prefix}experts.")
+        whole = found and max(e for e, _ in found.values()) == part.count - 1
+        if found and (said is not None or (part.local < part.count and not whole)):
+            parallel.check_stamp(said, part, f"{prefix}experts")
+        elif part.local < part.count:
+            held = {key: state_dict.pop(key) for key in found}
+            state_dict.update((f"{prefix}experts.{e - part.first}.{rest}", held[key])
+                              for key, (e, rest) in found.items()
+                              if part.first <= e < part.first + part.local)
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def _rows(self) -> list[list[Tensor]]:
         return _rows(parts(self.experts, self.lina_form.linears))
@@ -119,6 +148,12 @@ class LoopBlock(Shell):
 def parts(experts: Any, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Each expert's nn.Linear by name."""
     return [{name: expert._modules[name] for name in names} for expert in experts.children()]
+
+
+def _numbered(state: dict[str, Any], prefix: str) -> dict[str, tuple[int, str]]:
+    """Number of expert and rest of the name of each entry ``{prefix}{number}.{rest}``."""
+    split = {key: key[len(prefix):].partition(".") for key in state if key.startswith(prefix)}
+    return {key: (int(e), rest) for key, (e, _, rest) in split.items() if e.isdecimal()}
 
 
 def _rows(experts: list[dict[str, Any]]) -> list[list[Tensor]]:

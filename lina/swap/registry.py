@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from lina import parallel
 from lina.swap import hf, plain
@@ -38,19 +39,24 @@ def swap(model: Model, mesh: DeviceMesh | None = None) -> Model:
 
     Args:
         mesh: spread the experts over its dimension "ep" (:func:`lina.mesh`). Each rank then keeps
-            count / ep experts as plain local Parameters, so the ``state_dict`` holds those only;
-            gradients there are dropped, and an optimizer is to be made afterwards. All ranks of
-            the mesh call it with the same model.
+            count / ep experts as plain local Parameters, so the ``state_dict`` holds those only
+            (``docs/ranks.md``); gradients there are dropped, and an optimizer is to be made
+            afterwards. All ranks of the mesh call it with the same model.
 
     Raises:
-        ValueError: a mesh without dimension "ep"; a number of experts that "ep" does not divide;
-            a model swapped before with another mesh. Nothing is changed then.
+        ValueError: a mesh without dimension "ep"; a number of experts that "ep" does not divide; a
+            mesh for a model that DistributedDataParallel wraps already; a model swapped before with
+            another mesh. Nothing is changed then.
     """
     if mesh is not None and "ep" not in (mesh.mesh_dim_names or ()):
         raise ValueError(f"swap: mesh has dimensions {mesh.mesh_dim_names}, needs one named 'ep'")
     ep = 1 if mesh is None else parallel.ep_size(mesh)
     found = _walk("", model, set())
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     for name, module, verdict, _ in found:
+        if isinstance(verdict, Match) and mesh is not None and wrapped:
+            raise ValueError("swap: model is wrapped in DistributedDataParallel, which would go on averaging "
+                             "experts that differ; swap the bare model, then wrap it by lina.ddp")
         if isinstance(module, Shell) and module.lina_experts().mesh != mesh and mesh is not None:
             raise ValueError(f"swap: {name or 'the model'} was swapped before with another mesh or none; "
                              "call lina.unswap(model) first")

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lina import ops, parallel
 
+STAMP = "lina_ep"     # the entry of a state_dict, and an attribute, as some of torch's tools expect
 # What lina.parallel looks for on a module that holds experts.
 MARKS = ("count", "local", "mesh")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +43,16 @@ class Shell(nn.Module):
     lina_original: ClassVar[type[nn.Module]]
     lina_form: Any
     lina_text: str
+    lina_first: int              # of the experts here
+
+    @property
+    def lina_ep(self) -> Tensor | None:
+        """What the state_dict says of whose experts these are; None where all are here."""
+        return self.lina_part().stamp()
+
+    def lina_part(self) -> parallel.Part:
+        experts = self.lina_experts()
+        return parallel.Part(self.lina_first, experts.local, experts.count)
 
     def lina_experts(self) -> Any:
         """The module whose parameters are the experts; it carries count, local and mesh."""
@@ -88,24 +98,26 @@ def _remake(shell: Any, original: Any) -> Any:
 
 
 def put_on(module: Any, match: Match, mesh: DeviceMesh | None) -> None:
-    module.lina_form, module.lina_text = match.form, match.text
+    module.lina_form, module.lina_text, module.lina_first = match.form, match.text, 0
     module.__class__ = shell_class(match.shell, type(module))
     experts = module.lina_experts()
     mark(experts, match.experts, match.experts, mesh)
     if mesh is not None and parallel.ep_size(mesh) > 1:
         experts.local = parallel.local_count(match.experts, mesh)
-        module.lina_spread(parallel.ep_rank(mesh) * experts.local)
+        module.lina_first = parallel.ep_rank(mesh) * experts.local
+        module.lina_spread(module.lina_first)
     module.lina_ready()
 
 
 def take_off(module: Any) -> None:
     experts = module.lina_experts()
     if experts.local != experts.count:
+        parallel.release(experts.parameters())
         module.lina_gather(experts.mesh)
     unmark(experts)
     module.lina_leave()
     module.__class__ = module.lina_original
-    del module.lina_form, module.lina_text
+    del module.lina_form, module.lina_text, module.lina_first
 
 
 def mark(module: Any, count: int, local: int, mesh: DeviceMesh | None) -> None:
@@ -115,14 +127,6 @@ def mark(module: Any, count: int, local: int, mesh: DeviceMesh | None) -> None:
 def unmark(module: nn.Module) -> None:
     for name in MARKS:
         delattr(module, name)
-
-
-def gathered(local: Tensor, mesh: DeviceMesh) -> Tensor:
-    """All ranks' slices along the first axis, in rank order."""
-    group = parallel.groups(mesh).ep
-    parts = [local.new_empty(local.shape) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts)
 
 
 def run(experts: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor,
