@@ -34,7 +34,8 @@ export LINA_CUDA
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := .venv/stamps
-# One stamp a choice, so that another TORCH or LINA_CUDA installs again.
+# One stamp a choice, so that another PYTHON, TORCH or LINA_CUDA installs again.
+VENV := $(STAMPS)/venv-$(firstword $(shell echo '$(PYTHON)' | cksum))
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell echo '$(TORCH)' | cksum))
 LINA := $(STAMPS)/lina$(LINA_CUDA)
 TESTS := $(STAMPS)/tests$(LINA_CUDA)
@@ -51,16 +52,16 @@ test: $(TESTS)
 gpu-test: $(TESTS)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-$(STAMPS)/venv:
+$(VENV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "lina: PYTHON=$(PYTHON) must be Python 3.10 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "lina: $(PYTHON) cannot make a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(PIP) install -q --upgrade 'pip>=24' 'setuptools>=77'
 	@mkdir -p $(STAMPS) && touch $@
 
-$(TORCH_STAMP): $(STAMPS)/venv
+$(TORCH_STAMP): $(VENV)
 	@rm -f $(STAMPS)/torch-*
 	$(PIP) install $(foreach word,$(TORCH),'$(word)')
 	@touch $@
@@ -98,7 +99,6 @@ sanitize-cpu: $(FUZZ)/fuzz
 	LD_LIBRARY_PATH=$(FUZZ)/new $< $(CALLS) $(SEED)
 	LD_LIBRARY_PATH=$(FUZZ)/old $< $$(( $(CALLS) / 10 )) $(SEED)
 
-# torch's own products (CUTLASS) are left out: racecheck warns of their barriers.
 sanitize-gpu:
 ifeq ($(GPU),)
 	@echo "sanitize: compute-sanitizer skipped: no NVIDIA GPU on this machine"
@@ -108,13 +108,14 @@ else
 	  echo "sanitize: compute-sanitizer skipped: not on PATH nor in CUDA_HOME/bin"; exit 0; }; \
 	for tool in memcheck racecheck synccheck; do \
 	  echo "compute-sanitizer --tool $$tool"; \
-	  "$$sanitizer" --tool $$tool --kernel-name-exclude kns=cutlass --error-exitcode 1 $(BIN)/python tests/sanitize_gpu.py || exit 1; \
+	  general=; [ $$tool = racecheck ] && general=--general; \
+	  "$$sanitizer" --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize_gpu.py $$general || exit 1; \
 	done
 endif
 
 # ---- lint ----
 
-$(STAMPS)/lint: $(STAMPS)/venv
+$(STAMPS)/lint: $(VENV)
 	@for tool in ruff mypy clang-format; do \
 	  $(PIP) install -q $$tool || echo "lint: pip could not install $$tool; its checks will be skipped"; \
 	done; touch $@
@@ -132,7 +133,7 @@ format: $(STAMPS)/lint
 	$(BIN)/clang-format -i $(C_FILES)
 	$(BIN)/ruff check --fix .
 
-wheel: $(STAMPS)/venv
+wheel: $(VENV)
 	$(PIP) wheel -q --no-deps -w dist .
 	@ls dist
 

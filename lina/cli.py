@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 BAD_OPTION, FAILED, INTERRUPTED = 2, 1, 130
@@ -31,7 +29,12 @@ def _parser() -> _Parser:
         "train", allow_abbrev=False, help="train an MoE language model on real text",
         description="Trains a byte-level transformer with MoE layers, by default on the Python standard "
                     "library's sources. Starts its own ranks, or joins torchrun's: "
-                    "torchrun --nproc-per-node 2 -m lina.cli train")
+                    "torchrun --nproc-per-node 2 -m lina.cli train",
+        epilog="The summary's a2a and allreduce shares are times in flight on a rank (a2a: experts' "
+               "exchange; allreduce: gradients and, with --ep above 1, their norm), so waiting for slower "
+               "ranks is part of them; its waiting share is the part of both with no compute beside it. "
+               "All are means over ranks and over the traced steps. A former run's checkpoint in OUT is "
+               "moved to OUT/checkpoint.old.")
     options.add_arguments(train)
     doctor = commands.add_parser(
         "doctor", help="what this machine can do, and which paths lina will use",
@@ -73,14 +76,12 @@ def _train(**given: object) -> int:
         return _fail("train", error, BAD_OPTION)
     try:
         launch.launch(resolved)
+    except options.OptionError as error:
+        return _fail("train", error, BAD_OPTION)
     except (launch.RankError, OSError) as error:
         return _fail("train", error, FAILED)
-    except KeyboardInterrupt:
-        kept = Path(str(resolved.checkpoint)) / "manifest.json"
-        step = json.loads(kept.read_text(encoding="utf-8"))["step"] if kept.is_file() else None
-        rest = "no checkpoint yet" if step is None else \
-            f"go on from step {step} with: lina train --resume {resolved.checkpoint} --out {resolved.out}"
-        print(f"\nlina train: interrupted; {rest}", file=sys.stderr)
+    except launch.Interrupted as how_to_go_on:
+        print(f"\nlina train: interrupted; {how_to_go_on}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -91,7 +92,10 @@ def _doctor(json: str | None) -> int:
     found = doctor.examine()
     print("\n".join(doctor.lines(found)))
     if json is not None:
-        tracefile.write_json(json, found)
+        try:
+            tracefile.write_json(json, found)
+        except OSError as error:
+            return _fail("doctor", f"--json: {json}, cannot be written: {error.strerror}", BAD_OPTION)
     return 0
 
 

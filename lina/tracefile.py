@@ -99,8 +99,11 @@ def events(spans: list[Span], window: Interval, rank: int) -> list[dict[str, Any
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """`value` as JSON at `path`, which is replaced at once or not at all."""
-    target = Path(path)
+    """`value` as JSON at `path`, a file that is replaced at once or not at all, or a pipe or device."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        Path(path).write_text(json.dumps(value, default=str) + "\n", encoding="utf-8")
+        return
+    target = Path(os.path.realpath(path))       # a link stays one
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(value, default=str) + "\n", encoding="utf-8")

@@ -47,6 +47,8 @@ BAD = [(["--dim", "0"], "--dim: 0, at least 2"),
        (["--data", "/no/such/text"], "--data: /no/such/text, no such file"),
        (["--resume", "/no/such/checkpoint"], "--resume: /no/such/checkpoint, no checkpoint there"),
        (["--json", "/no/such/folder/x.json"], "--json: /no/such/folder/x.json, its folder does not exist"),
+       (["--json", "/tmp"], "--json: /tmp, is a folder"),
+       (["--data", "/dev/null"], "--data: /dev/null, neither a file nor a folder"),
        (["--wide"], "--wide"),
        (["--step", "3"], "--step")]             # no abbreviations: a typo is not another option
 
@@ -77,15 +79,18 @@ def test_version_and_help(capsys):
     assert code == cli.BAD_OPTION and err.count("\n") == 1
 
 
-def _start(tmp_path, *more):
-    """`lina train` for far more steps than it will be let do, in a process group of its own."""
+def _start(tmp_path, *more, wait_for=None):
+    """`lina train` for far more steps than it will be let do, in a process group of its own.
+
+    Returns once there is a checkpoint, or `wait_for(run)` is true.
+    """
     path = os.pathsep.join([str(Path(lina.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "lina.cli", "train", *TINY, "--steps", "100000", "--save-every", "1",
                "--out", str(tmp_path / "out"), *more]
     run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, text=True,
                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "out" / "checkpoint" / "manifest.json").is_file():
+    while not (wait_for(run) if wait_for else (tmp_path / "out/checkpoint/manifest.json").is_file()):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.05)
@@ -135,6 +140,18 @@ def test_ctrl_c_ends_cleanly_and_names_the_checkpoint(tmp_path):
 
 
 @pytest.mark.multi
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_launcher_killed_at_once_leaves_no_rank(tmp_path):
+    """Before the ranks have asked the system to be told of it."""
+    run = _start(tmp_path, wait_for=lambda run: len(_ranks(run)) == 2)
+    ranks = _ranks(run)
+    run.kill()
+    run.wait()
+    assert _gone(ranks)
+    run.communicate()
+
+
+@pytest.mark.multi
 def test_an_error_in_a_rank_is_one_line(capsys, tmp_path):
     """A learning rate that no loss survives."""
     code, _, err = _main(capsys, "train", *TINY, "--steps", "40", "--lr", "1e30", "--clip", "1e30",
@@ -154,6 +171,10 @@ def test_doctor(capsys, tmp_path):
         assert found["operators"][name]["cpu"]
     assert len(found["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert all(word in out for word in ("lina ", "torch ", "path "))
+    bad = str(tmp_path / "none" / "d.json")
+    code, again, err = _main(capsys, "doctor", "--json", bad)
+    assert code == cli.BAD_OPTION and again == out
+    assert err == f"lina doctor: error: --json: {bad}, cannot be written: No such file or directory\n"
 
 
 GPU = {"name": "X", "capability": "9.0", "memory_gib": 1.0, "sms": 1}

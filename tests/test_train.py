@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import lina
 from lina import tracefile
-from lina.train import checkpoint, data, launch, model, options, report, trainer
+from lina.train import checkpoint, data, launch, model, options, trainer
 
 # Smallest that has everything: a dense and an MoE block, two experts a rank, several windows.
 TINY = dict(dim=16, layers=2, heads=2, ffn_dim=16, experts=4, seq=32, batch=4, steps=6, save_every=3,
@@ -290,11 +290,3 @@ def test_unigram_is_the_entropy_of_the_counts():
     want = -sum(math.log2((count[c] + 1) / (len(train) + 256)) for c in heldout[1:]) / 4
     tensors = [torch.tensor(list(t), dtype=torch.uint8) for t in (train, heldout)]
     assert data.unigram_bits(*tensors) == pytest.approx(want, rel=1e-12)
-
-
-def test_stored_baseline_is_that_of_the_defaults():
-    """Whoever changes a default runs `lina train --dense` again and copies its dense.json."""
-    stored = report.stored_baseline(options.Options())
-    assert 1 < stored["held_out_bits_per_byte"] < 3 and stored["command"] == "lina train --dense"
-    assert stored["date"] and stored["machine"] and report.stored_baseline(options.Options(dim=64)) is None
-    assert report.stored_baseline(options.Options(data="other.txt")) is None

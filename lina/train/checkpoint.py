@@ -3,8 +3,8 @@
 A checkpoint is one shard a rank and a manifest naming them. Shards get names of
 their own, are synced to disk, and only then is the manifest replaced; what the
 last manifest named stays until the new one is in place, so there is always one
-whole checkpoint once the first is written. Ranks on several machines need the
-folder on a shared file system.
+whole checkpoint once the first is written. Files with other names are never
+touched. Ranks on several machines need the folder on a shared file system.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ import torch.distributed as dist
 from .options import KEPT, Options
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"          # held by the run that writes here
 FORMAT = 1
+SHARD = re.compile(r"step-\d{8,}-[0-9a-f]{8}\.rank\d+\.pt")
+
+
+def ours(name: str) -> bool:
+    """Whether a file of this name is one that ``save`` or the run's lock made."""
+    whole = name[1:].removesuffix(".partial") if name.startswith(".") and name.endswith(".partial") else name
+    return name == LOCK or whole == MANIFEST or SHARD.fullmatch(whole) is not None
 
 
 def manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -59,8 +68,8 @@ def save(o: Options, step: int, digest: int, state: dict[str, Any]) -> None:
         saved = {"format": FORMAT, "step": step, "shards": shards, "text_digest": digest,
                  "options": {k: v for k, v in dataclasses.asdict(o).items() if k in KEPT}}
         replace(folder / MANIFEST, lambda file: file.write(json.dumps(saved, indent=1).encode()))
-        for old in (*folder.glob("step-*.pt"), *folder.glob(".*.partial")):
-            if old.name not in shards:
+        for old in folder.iterdir():
+            if ours(old.name) and old.name not in (*shards, MANIFEST, LOCK):
                 old.unlink(missing_ok=True)
     dist.barrier()                               # nobody writes the next one before this one counts
 

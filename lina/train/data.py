@@ -2,11 +2,14 @@
 
 Nothing is downloaded. Held out are whole files, chosen by a checksum of their
 names so that the choice does not depend on the others; a single file gives its
-last tenth.
+last tenth. A file of the same content as one before it is left out, and so is
+what the run itself writes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sysconfig
 import zlib
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import OptionError, Options
+from .options import OptionError, Options, flag
 
 HELD_OUT_OF = 16        # one file in so many
 # Of the standard library: tests, tables, bundled tools and others' packages are not typical source.
@@ -42,9 +45,10 @@ def load(o: Options) -> Corpus:
         cut = len(text) - len(text) // 10
         train, heldout = text[:cut], text[cut:]
     elif root.is_dir():
-        train, heldout = _folder(root, o.data is None)
+        train, heldout = _folder(root, o.data is None, [] if o.data is None else _written(o, root))
     else:
-        raise OptionError(f"--data: {root}, no such file or folder")
+        raise OptionError(f"--data: {root}, " + ("neither a file nor a folder" if root.exists() else
+                                                 "no such file or folder"))
     least = o.seq + 1
     for name, part in (("training", train), ("held-out", heldout)):
         if len(part) < least:
@@ -54,14 +58,37 @@ def load(o: Options) -> Corpus:
     return Corpus(_bytes(train), _bytes(heldout), zlib.crc32(heldout, zlib.crc32(train)), source)
 
 
-def _folder(root: Path, stdlib: bool) -> tuple[bytes, bytes]:
+def _written(o: Options, root: Path) -> list[str]:
+    """The folders below `root` that the run writes to or resumes from, relative to it."""
+    checkpoint = os.path.realpath(o.checkpoint or os.path.join(o.out, "checkpoint"))
+    below = []
+    for name, path in (("out", o.out), ("checkpoint", checkpoint), ("checkpoint", f"{checkpoint}.old"),
+                       ("resume", o.resume)):
+        if path is None:
+            continue
+        relative = os.path.relpath(os.path.realpath(path), os.path.realpath(root))
+        if relative == "." and name != "resume":
+            raise OptionError(f"{flag(name)}: {path}, is the folder of --data; pass one of its own")
+        if relative.split(os.sep)[0] != "..":
+            below.append(Path(relative).as_posix() + "/")
+    return below
+
+
+def _folder(root: Path, stdlib: bool, written: list[str]) -> tuple[bytes, bytes]:
     parts: tuple[list[bytes], list[bytes]] = ([], [])
+    seen = set()
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py" if stdlib else "*"))
     for name in names:
         folders = name.split("/")
         if any(f.startswith(".") for f in folders) or (stdlib and not LEFT_OUT.isdisjoint(folders)):
             continue
+        if name.startswith(tuple(written)):
+            continue
         text = _read(root / name) if (root / name).is_file() else b""
+        content = hashlib.sha256(text).digest()
+        if not stdlib and (not text or content in seen):     # on both sides it would not be held out
+            continue
+        seen.add(content)
         if b"\0" not in text:                        # not a picture, not an archive
             parts[zlib.crc32(name.encode()) % HELD_OUT_OF == 0].append(text)
     if not parts[1] and len(parts[0]) > 1:           # few files: the last is held out

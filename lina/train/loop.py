@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ TRACED = 20             # steps of a run whose a2a and allreduce are timed
 WARM_UP = 3             # steps before the first traced one and before the clock of tokens/s
 
 
-def run(o: Options, device: torch.device, started: float) -> dict[str, Any] | None:
-    """Trains as `o` says; rank 0 writes ``o.out`` and returns the summary, the others None.
+def run(o: Options, device: torch.device, started: float) -> Callable[[], dict[str, Any]] | None:
+    """Trains as `o` says and writes ``o.out``. Rank 0 gets what draws the pictures and returns the
+    summary, which needs no other rank; the others get None.
 
     Needs the default process group; every rank of it calls. `started` is the
     launch's ``time.time()``.
@@ -33,8 +36,7 @@ def run(o: Options, device: torch.device, started: float) -> dict[str, Any] | No
     trainer = Trainer(o, device)
     if o.resume is not None:
         trainer.resume()
-    out = Path(o.out)
-    log = _Log(out / "metrics.jsonl", trainer) if trainer.rank == 0 else None
+    log = _Log(Path(o.out) / "metrics.jsonl", trainer) if trainer.rank == 0 else None
     steps = _Steps(trainer, log)
     steps.run()
     bits = trainer.heldout_bits()
@@ -43,20 +45,27 @@ def run(o: Options, device: torch.device, started: float) -> dict[str, Any] | No
     if log is None:
         return None
     log.close()
+    return lambda: _summary(steps, bits, text, (a2a, allreduce, waiting), started)
+
+
+def _summary(steps: _Steps, bits: float, text: str, shares: tuple[float, float, float],
+             started: float) -> dict[str, Any]:
+    trainer, o = steps.trainer, steps.trainer.o
+    a2a, allreduce, waiting = shares
     total, active = parameter_counts(trainer.net, o)
     summary = {
         "held_out_bits_per_byte": bits, "tokens_per_s": steps.tokens_per_s, "a2a_share": a2a,
         "allreduce_share": allreduce, "waiting_share": waiting, "traced_steps": steps.traced,
-        "steps": trainer.step, "ranks": trainer.world, "ep": o.ep, "device": report.device_name(device),
-        "precision": o.precision, "dense": o.dense,
+        "steps": trainer.step, "ranks": trainer.world, "ep": o.ep,
+        "device": report.device_name(trainer.device), "precision": o.precision, "dense": o.dense,
         "unigram_bits_per_byte": data.unigram_bits(trainer.corpus.train, trainer.corpus.heldout),
-        "dense_baseline": None if o.dense else report.stored_baseline(o),
+        "dense_baseline": None if o.dense else report.stored_baseline(o, trainer.corpus.digest),
         "parameters": total, "active_parameters": active,
         "expert_load_max_over_mean": report.imbalance(steps.load), "seconds": time.time() - started,
         "train_bytes": len(trainer.corpus.train), "held_out_bytes": len(trainer.corpus.heldout),
-        "text": trainer.corpus.source, "sample": text,
+        "text": trainer.corpus.source, "text_digest": trainer.corpus.digest, "sample": text,
     }
-    report.pictures(out, summary, steps.load)
+    report.pictures(Path(o.out), summary, steps.load)
     return summary
 
 
@@ -66,7 +75,7 @@ class _Steps:
     def __init__(self, trainer: Trainer, log: _Log | None) -> None:
         self.trainer, self.log = trainer, log
         self.first, self.last = trainer.step, trainer.o.stop or trainer.o.steps
-        self.tokens_per_s = 0.0
+        self.tokens_per_s: float | None = None      # None: no step after the warm-up yet
         self.busy = [0.0, 0.0, 0.0, 0.0]        # traced seconds: a2a, allreduce, waiting, all
         self.traced = 0
         self.load: Any = None                   # [L, E] choices of the run's second half
@@ -75,6 +84,7 @@ class _Steps:
 
     def run(self) -> None:
         trainer, o = self.trainer, self.trainer.o
+        tqdm.set_lock(threading.RLock())        # its own is shared by processes, and must be given back
         bar = tqdm(total=self.last, initial=self.first, unit="step", dynamic_ncols=True,
                    disable=o.quiet or trainer.rank != 0)
         while trainer.step < self.last:
@@ -125,13 +135,13 @@ class _Steps:
         if not math.isfinite(loss) or (o.precision != "fp16" and not math.isfinite(norm_value)):
             raise RuntimeError(f"step {trainer.step}: the loss is {loss}, the gradient's norm {norm_value}; "
                                "try a smaller --lr")
-        self.tokens_per_s = self._clocked * o.batch * o.seq / self._clock if self._clocked else 0.0
+        self.tokens_per_s = self._clocked * o.batch * o.seq / self._clock if self._clocked else None
         bits = loss / math.log(2)
         if self.log is not None:
             self.log.write(step=trainer.step, bits_per_byte=bits, tokens_per_s=self.tokens_per_s,
                            lr=trainer.lr(trainer.step - 1), grad_norm=norm_value,
                            expert_load_max_over_mean=report.imbalance(load_LE))
-        return f"loss {bits:.3f} bits/byte, {self.tokens_per_s:,.0f} tokens/s"
+        return f"loss {bits:.3f} bits/byte, {report.speed(self.tokens_per_s)}"
 
 
 def _finish(device: torch.device) -> None:

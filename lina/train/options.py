@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar = None if choices else {"int": "N", "float": "X", "str": "PATH"}[kind.__name__]
         parser.add_argument(flag(field.name), type=kind, choices=choices, metavar=metavar,
                             default=argparse.SUPPRESS, help=text)
+
+
+def command(o: Options) -> str:
+    """The command line that gives `o`'s result on this machine, from the options that shape it."""
+    plain = Options(dense=o.dense)
+    _machine(plain, plain)
+    words = ["lina", "train", *["--dense"] * o.dense]
+    for name in (*KEPT, "stop"):
+        value = getattr(o, name)
+        if name != "dense" and value != getattr(plain, name) and value is not None:
+            words += [flag(name), shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def resolve(given: dict[str, Any]) -> Options:
@@ -195,5 +208,9 @@ def _check(o: Options) -> None:
         path = getattr(o, name)
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise OptionError(f"{flag(name)}: {path}, exists and is not a folder")
-    if o.json is not None and not Path(o.json).absolute().parent.is_dir():
-        raise OptionError(f"--json: {o.json}, its folder does not exist")
+    if o.json is not None:
+        if Path(o.json).is_dir():
+            raise OptionError(f"--json: {o.json}, is a folder")
+        folder = Path(o.json).absolute().parent
+        if not folder.is_dir() and os.path.realpath(folder) != os.path.realpath(o.out):    # --out is made
+            raise OptionError(f"--json: {o.json}, its folder does not exist")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import lina
 from lina import tracing
@@ -18,6 +20,10 @@ from . import checkpoint, data
 from .model import Transformer
 from .options import Options
 
+# DistributedDataParallel's option by its newer or older name.
+SYNC_BUFFERS = "forward_sync_buffers"
+if SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    SYNC_BUFFERS = "broadcast_buffers"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,6 +33,13 @@ def _same_everywhere(corpus: data.Corpus) -> None:
     dist.all_gather_object(digests, corpus.digest)
     if len(set(digests)) > 1:
         raise RuntimeError(f"--data: {corpus.source} is not the same text on every rank; pass one --data")
+
+
+def _count(router: lina.nn.Router, _: Any, routing: Any) -> None:
+    """Keeps the load of a router without a balancing loss."""
+    if router.training:
+        load_E = torch.bincount(routing.expert_TK.flatten(), minlength=router.count)
+        router.load = load_E if router.load is None else router.load + load_E
 
 
 class Trainer:
@@ -39,7 +52,10 @@ class Trainer:
         _same_everywhere(self.corpus)
         self.mesh = lina.mesh(ep=o.ep or 1)
         self.net = Transformer(o, self.mesh).to(device)
-        self.model = lina.ddp(self.net, self.mesh)
+        self.model = lina.ddp(self.net, self.mesh, **{SYNC_BUFFERS: False})      # they are constants
+        if not o.balance_coef:          # the routers then keep no statistics themselves
+            for router in self._routers():
+                router.register_forward_hook(_count)
         matrices = [p for p in self.net.parameters() if p.ndim > 1]
         vectors = [p for p in self.net.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -96,7 +112,10 @@ class Trainer:
     def _unscale_and_clip(self) -> Tensor:
         if self.scale != 1.0:
             torch._foreach_mul_([p.grad for p in self.net.parameters() if p.grad is not None], 1 / self.scale)
-        return lina.clip_grad_norm_(self.net, self.o.clip)
+        if (self.o.ep or 1) == 1:       # no rank waits for another here
+            return lina.clip_grad_norm_(self.net, self.o.clip)
+        with tracing.span("allreduce", "gradient norm"):
+            return lina.clip_grad_norm_(self.net, self.o.clip)
 
     def _finite(self, norm: Tensor) -> bool:
         """fp16: whether to step. The norm is over all ranks, so all of them agree, experts included."""
@@ -155,7 +174,7 @@ class Trainer:
 
     def balance(self) -> Tensor:
         """Choices of each expert since the last call, over all ranks: [MoE layers, E] int64."""
-        routers = [m for m in self.net.modules() if isinstance(m, lina.nn.Router)]
+        routers = self._routers()
         loads = [torch.zeros(r.count, dtype=torch.int64) if r.load is None else r.load for r in routers]
         if not loads:
             return torch.zeros(0, self.o.experts, dtype=torch.int64)
@@ -164,6 +183,9 @@ class Trainer:
             router.load = None
         dist.all_reduce(load_LE)
         return load_LE.cpu()
+
+    def _routers(self) -> list[lina.nn.Router]:
+        return [m for m in self.net.modules() if isinstance(m, lina.nn.Router)]
 
     def mean(self, *values: float | Tensor) -> list[float]:
         """The values' means over all ranks."""
