@@ -106,8 +106,13 @@ typedef struct {
   void *data;
   int64_t rows, cols, row_stride, col_stride;
 } lina_matrix;
-/* out = a @ b on the CPU by torch's own mm (any CPU float dtype). out must not overlap. */
+/* out = a @ b on the CPU by torch's own products, of its mm or its oneDNN (any CPU
+ * float dtype). out's rows or columns are contiguous; it must not overlap. a may have
+ * more rows than out: their products are not wanted. */
 int lina_mm(lina_matrix out, lina_matrix a, lina_matrix b, int dtype);
+/* n or slightly more: the rows that scratch of n rows should be filled up to, with
+ * zeros. oneDNN compiles a kernel for each shape, so there should be few of them. */
+int64_t lina_mm_rows(int64_t n, int dtype);
 /* out = a @ b group by group by torch's _grouped_mm on CUDA; see torch's
  * documentation for the shapes: 2-D x 3-D (rows grouped) or 2-D x 2-D (inner
  * dimension grouped). `offset` holds the E group ends, int32. */

@@ -19,6 +19,7 @@ static int load_cpu(void *cpu) {
   LINA_TORCH_FUNCTIONS(X)
 #undef X
 #define X(type, name, arguments) (void)FIND(cpu, name);
+  LINA_TORCH_ONEDNN_FUNCTIONS(X)
   LINA_TORCH_OPTIONAL_FUNCTIONS(X)
 #undef X
   *(void **)&lina_torch.operator_new = dlsym(cpu, "_Znwm");

@@ -74,6 +74,12 @@ typedef void lina_torch_body(int64_t begin, int64_t end, void *context);
   X(lina_torch_error, aoti_torch_create_cuda_guard, (int32_t device_index, void **guard))        \
   X(lina_torch_error, aoti_torch_delete_cuda_guard, (void *guard))
 
+/* oneDNN's products; NULL where torch was built without it. */
+#define LINA_TORCH_ONEDNN_FUNCTIONS(X)                                                 \
+  X(lina_torch_error, aoti_torch_cpu__linear_pointwise,                                \
+    (void *x, void *weight, void **bias, const char *function, const double **scalars, \
+     int64_t scalar_count, const char **algorithm, void **out))
+
 /* Newer than LINA_TORCH_NEEDED: NULL where torch lacks them. */
 #define LINA_TORCH_OPTIONAL_FUNCTIONS(X)                                        \
   X(lina_torch_error, torch_new_stable_ivalue, (uint64_t **value)) /* 2.13 */   \
@@ -84,6 +90,7 @@ typedef struct {
 #define X(type, name, arguments) type(*name) arguments;
   LINA_TORCH_FUNCTIONS(X)
   LINA_TORCH_CUDA_FUNCTIONS(X)
+  LINA_TORCH_ONEDNN_FUNCTIONS(X)
   LINA_TORCH_OPTIONAL_FUNCTIONS(X)
 #undef X
   void *(*operator_new)(size_t);   /* C++'s, for optional cells before 2.13 */

@@ -5,7 +5,9 @@
  * may differ, not even a const or a width.
  */
 #define USE_CUDA 1
+#include <ATen/Config.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim_cpu.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -44,6 +46,7 @@ constexpr bool agrees = std::is_same_v<typename plain<Torch>::type, Lina>;
                 #name ": torch_abi.h differs from torch's header");
 LINA_TORCH_FUNCTIONS(X)
 LINA_TORCH_CUDA_FUNCTIONS(X)
+LINA_TORCH_ONEDNN_FUNCTIONS(X)
 #ifdef LINA_ABI_NEWER
 LINA_TORCH_OPTIONAL_FUNCTIONS(X)
 #endif

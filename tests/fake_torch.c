@@ -1,5 +1,5 @@
 /* fake_torch.c - see fake_torch.h. Built as libtorch_cpu.so; FAKE_OLD leaves
- * out what torch has only since 2.13. */
+ * out what torch has only since 2.13, and oneDNN. */
 #include "fake_torch.h"
 
 #include <setjmp.h>
@@ -283,8 +283,7 @@ static double element(const fake_tensor *t, int64_t i) {
   return *(const uint16_t *)at; /* its bits: the read is what matters */
 }
 
-int32_t aoti_torch_cpu_mm_out(fake_tensor *out, fake_tensor *a, fake_tensor *b) {
-  MAY_FAIL();
+static int32_t multiply(fake_tensor *out, const fake_tensor *a, const fake_tensor *b) {
   int64_t rows = out->size[0], cols = out->size[1], inner = a->size[1];
   if (out->dim != 2 || a->dim != 2 || b->dim != 2 || b->size[0] != inner || a->size[0] != rows ||
       b->size[1] != cols || a->dtype != b->dtype || out->dtype != a->dtype)
@@ -302,6 +301,33 @@ int32_t aoti_torch_cpu_mm_out(fake_tensor *out, fake_tensor *a, fake_tensor *b) 
   }
   return 0;
 }
+
+int32_t aoti_torch_cpu_mm_out(fake_tensor *out, fake_tensor *a, fake_tensor *b) {
+  MAY_FAIL();
+  return multiply(out, a, b);
+}
+
+#ifndef FAKE_OLD
+int32_t aoti_torch_cpu__linear_pointwise(fake_tensor *x, fake_tensor *weight, fake_tensor **bias,
+                                         const char *function, const double **scalars,
+                                         int64_t scalar_count, const char **algorithm,
+                                         fake_tensor **out) {
+  MAY_FAIL();
+  if (x->dim != 2 || weight->dim != 2 || bias || strcmp(function, "none") != 0 || scalars ||
+      scalar_count != 0 || algorithm)
+    return 1;
+  int64_t size[2] = {x->size[0], weight->size[0]}, stride[2] = {weight->size[0], 1};
+  fake_tensor turned = *weight;
+  turned.size[0] = weight->size[1], turned.stride[0] = weight->stride[1];
+  turned.size[1] = weight->size[0], turned.stride[1] = weight->stride[0];
+  *out = fake_new(x->dtype, x->device, 2, size, stride);
+  if (!*out) return 1;
+  if (multiply(*out, x, &turned) == 0) return 0;
+  fake_delete(*out);
+  *out = NULL;
+  return 1;
+}
+#endif
 
 /* In pieces of random length, the last one first: nobody may count on an order. */
 int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,

@@ -1,4 +1,4 @@
-/* The experts on the CPU: expert by expert, torch's own mm over gathered rows,
+/* The experts on the CPU: expert by expert, torch's own products of gathered rows,
  * with everything between the products in loops over rows that run on torch's
  * threads. An expert's rows are gathered just before they are multiplied, into
  * one scratch buffer that stays in the cache, rather than all rows at once.
@@ -17,6 +17,13 @@
 static lina_matrix rows_of(void *data, int dtype, int64_t first, int64_t n, int64_t width) {
   lina_matrix m = {lina_at_mutable(data, dtype, first * width), n, width, width, 1};
   return m;
+}
+/* The first n rows of a scratch buffer as lina_mm wants them: more rows, of zeros. */
+static lina_matrix filled_up(const lina_tensor *t, int64_t n) {
+  int64_t width = t->size[1], rows = lina_mm_rows(n, t->dtype);
+  memset(lina_at_mutable(t->data, t->dtype, n * width), 0,
+         (size_t)((rows - n) * width * lina_dtype_bytes(t->dtype)));
+  return rows_of(t->data, t->dtype, 0, rows, width);
 }
 static lina_matrix transposed(lina_matrix m) {
   lina_matrix t = {m.data, m.cols, m.rows, m.col_stride, m.row_stride};
@@ -53,11 +60,12 @@ static void prefer_huge_pages(const lina_tensor *t) {
   (void)t;
 #endif
 }
-static int64_t most_rows(const int32_t *offset, int64_t E) {
+/* Rows that a scratch buffer of one expert needs. */
+static int64_t most_rows(const int32_t *offset, int64_t E, int dtype) {
   int64_t most = 0;
   for (int64_t e = 0; e < E; e++)
     if (offset[e + 1] - offset[e] > most) most = offset[e + 1] - offset[e];
-  return most;
+  return lina_mm_rows(most, dtype);
 }
 
 /* ---- forward ---- */
@@ -67,7 +75,7 @@ int lina_experts_fwd_cpu(lina_experts_fwd *p) {
   const int32_t *offset = p->offset.data;
   lina_tensor xe = {0}, a = {0};
   int rc;
-  int64_t most = most_rows(offset, s->E);
+  int64_t most = most_rows(offset, s->E, s->dtype);
   LINA_TRY(scratch(&p->y, s->dtype, &p->x, s->N, s->D));
   LINA_TRY(scratch(&p->h, s->dtype, &p->x, p->save ? s->N : most, s->U));
   prefer_huge_pages(&p->h);
@@ -76,9 +84,9 @@ int lina_experts_fwd_cpu(lina_experts_fwd *p) {
   for (int64_t e = 0; e < s->E; e++) {
     int64_t first = offset[e], n = offset[e + 1] - first;
     if (n == 0) continue;
-    lina_matrix mx = rows_of(xe.data, s->dtype, 0, n, s->D);
+    lina_matrix mx = filled_up(&xe, n);
     lina_matrix mh = rows_of(p->h.data, s->dtype, p->save ? first : 0, n, s->U);
-    lina_matrix ma = rows_of(a.data, s->dtype, 0, n, s->F);
+    lina_matrix ma = filled_up(&a, n);
     lina_matrix my = rows_of(p->y.data, s->dtype, first, n, s->D);
     LINA_TRY(lina_gather_rows(s, p->x.data, (const int32_t *)p->row_pair.data + first, n, mx.data));
     LINA_TRY(lina_mm(mh, mx, transposed(slice(&p->w_up, e)), s->dtype));
@@ -133,11 +141,15 @@ static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first,
   int rc;
   lina_matrix dy = rows_of(p->dy.data, s->dtype, first, n, s->D);
   lina_matrix da = rows_of(b->da.data, s->dtype, 0, n, s->F);
-  lina_matrix dh = rows_of(b->dh.data, s->dtype, 0, n, s->U);
-  lina_matrix a = rows_of(b->a.data, s->dtype, 0, n, s->F);
-  if (p->weight.handle) {
-    dy = rows_of(b->dy.data, s->dtype, 0, n, s->D);
-    LINA_TRY(lina_gather_rows(s, p->dy.data, row_pair, n, dy.data));
+  lina_matrix dh = filled_up(&b->dh, n);
+  lina_matrix a = filled_up(&b->a, n);
+  if (p->weight.handle || lina_mm_rows(n, s->dtype) != n) {
+    const void *rows = dy.data;
+    dy = filled_up(&b->dy, n);
+    if (p->weight.handle)
+      LINA_TRY(lina_gather_rows(s, p->dy.data, row_pair, n, dy.data));
+    else
+      memcpy(dy.data, rows, (size_t)(n * s->D * lina_dtype_bytes(s->dtype)));
   }
   if (p->need & inner) LINA_TRY(lina_mm(da, dy, slice(&p->w_down, e), s->dtype));
   if (p->need & (inner | LINA_NEED_DW_DOWN)) {
@@ -162,7 +174,7 @@ static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first,
                            p->weight.handle ? p->weight.data : NULL,
                            lina_at_mutable(p->db_down.data, s->dtype, e * s->D)));
   if (p->need & LINA_NEED_DW_UP) {
-    lina_matrix x = rows_of(b->x.data, s->dtype, 0, n, s->D);
+    lina_matrix x = filled_up(&b->x, n);
     LINA_TRY(lina_gather_rows(s, p->x.data, row_pair, n, x.data));
     LINA_TRY(lina_mm(slice(&p->dw_up, e), transposed(dh), x, s->dtype));
   }
@@ -177,7 +189,7 @@ done:
   return rc;
 }
 
-/* An expert without rows has zero gradients; torch's mm is not asked. */
+/* An expert without rows has zero gradients; torch is not asked. */
 static void no_rows(lina_experts_bwd *p, int64_t e) {
   const lina_experts_shape *s = &p->s;
   int64_t bytes = lina_dtype_bytes(s->dtype);
@@ -194,12 +206,12 @@ int lina_experts_bwd_cpu(lina_experts_bwd *p) {
   const int32_t *offset = p->offset.data;
   buffers b = {0};
   int rc;
-  int64_t most = most_rows(offset, s->E);
+  int64_t most = most_rows(offset, s->E, s->dtype);
   LINA_TRY(allocate(p));
   LINA_TRY(scratch(&b.da, s->dtype, &p->x, most, s->F));
   LINA_TRY(scratch(&b.dh, s->dtype, &p->x, most, s->U));
   LINA_TRY(scratch(&b.a, s->dtype, &p->x, most, s->F));
-  if (p->weight.handle) LINA_TRY(scratch(&b.dy, s->dtype, &p->x, most, s->D));
+  LINA_TRY(scratch(&b.dy, s->dtype, &p->x, most, s->D));
   if (p->need & LINA_NEED_DW_UP) LINA_TRY(scratch(&b.x, s->dtype, &p->x, most, s->D));
   if (p->need & LINA_NEED_DX) LINA_TRY(scratch(&b.dx_rows, s->dtype, &p->x, s->N, s->D));
   for (int64_t e = 0; e < s->E; e++) {

@@ -18,6 +18,52 @@ typedef INT NAME(ivec)
 #define ivec                NAME(ivec)
 #define PICK(mask, yes, no) ((vec)(((mask) & (ivec)(yes)) | (~(mask) & (ivec)(no))))
 
+typedef uint16_t NAME(halves) __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int32_t NAME(words) __attribute__((vector_size(LANES * 4)));
+typedef float NAME(floats) __attribute__((vector_size(LANES * 4)));
+static const INT NAME(lane)[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* LANES logits as A, the first n of them valid; the others become -inf. */
+LINA_INLINE void NAME(load)(const void *from, int dtype, int64_t n, A *to) {
+  vec v;
+  if (dtype == LINA_BF16 || dtype == LINA_F16) {
+    NAME(words) w = __builtin_convertvector(*(const NAME(halves) *)from, NAME(words));
+    if (dtype == LINA_BF16) {
+      w <<= 16;
+    } else {                                    /* as lina_from_f16 */
+      NAME(words) magnitude = (w & 0x7fff) << 13;
+      NAME(words) scaled = (NAME(words))((NAME(floats))magnitude * 0x1p112f);
+      NAME(words) special = magnitude >= 0x0f800000;
+      w = (special & (magnitude | 0x7f800000)) | (~special & scaled) | (w & 0x8000) << 16;
+    }
+    v = __builtin_convertvector((NAME(floats))w, vec);
+  } else {
+    v = *(const vec *)from;
+  }
+  *(vec *)to = PICK(*(const ivec *)NAME(lane) < (INT)n, v, (vec){0} - (A)INFINITY);
+}
+
+/* Row t of T rows of logits, padded with -inf to a multiple of LANES: in place
+ * where possible, else in `buffer`. The buffer is written in whole vectors, by
+ * reading into the next row where there is one: narrower pieces would have to
+ * leave the processor's store buffer before a vector of them could be read back,
+ * which costs as much as all the rest of a short row. */
+LINA_INLINE const A *NAME(load_row)(const void *logits, int dtype, int64_t T, int64_t t, int64_t E,
+                                    A *buffer) {
+  const char *from = lina_at(logits, dtype, t * E);
+  int64_t whole = E / LANES * LANES, bytes = lina_dtype_bytes(dtype);
+  if (bytes == sizeof(A) && whole == E) return (const A *)from;
+  for (int64_t i = 0; i < whole; i += LANES) NAME(load)(from + i * bytes, dtype, LANES, buffer + i);
+  if (whole < E && (T - t) * E >= whole + LANES) {
+    NAME(load)(from + whole * bytes, dtype, E - whole, buffer + whole);
+  } else if (whole < E) {
+    A last[LANES] = {0};
+    memcpy(last, from + whole * bytes, (size_t)((E - whole) * bytes));
+    NAME(load)(last, dtype, E - whole, buffer + whole);
+  }
+  return buffer;
+}
+
 LINA_INLINE A NAME(lane_sum)(const vec *v) {
   A part[LANES];
   *(vec *)part = *v;
@@ -78,8 +124,7 @@ LINA_INLINE A NAME(row_max)(const A *x, int64_t n) {
  * No NaN. Counts each element's betters: n * n comparisons and no branches. */
 LINA_INLINE void NAME(rank_all)(const A *x, int64_t n, int32_t *order) {
   INT rank[RANK_MAX];
-  static const INT count[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const ivec lane = *(const ivec *)count;
+  const ivec lane = *(const ivec *)NAME(lane);
   for (int64_t b = 0; b < n; b += LANES) {
     vec v = *(const vec *)(x + b);
     ivec r = {0};

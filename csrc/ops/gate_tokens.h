@@ -6,23 +6,6 @@
  */
 #define PADDED (ROW_MAX + LANES)
 
-/* Row t of the logits in A; `buffer` is padded already. */
-LINA_INLINE const A *NAME(load_row)(const void *logits, int dtype, int64_t t, int64_t E,
-                                    A *buffer) {
-  if (dtype == LINA_BF16) {
-    const uint16_t *from = (const uint16_t *)logits + t * E;
-    for (int64_t i = 0; i < E; i++) buffer[i] = (A)lina_from_bf16(from[i]);
-  } else if (dtype == LINA_F16) {
-    const uint16_t *from = (const uint16_t *)logits + t * E;
-    for (int64_t i = 0; i < E; i++) buffer[i] = (A)lina_from_f16(from[i]);
-  } else {
-    const A *from = (const A *)logits + t * E;
-    if (E % LANES == 0) return from;
-    for (int64_t i = 0; i < E; i++) buffer[i] = from[i];
-  }
-  return buffer;
-}
-
 LINA_INLINE void NAME(store_row)(void *to, int dtype, int64_t t, int64_t E, const A *row) {
   if (dtype == LINA_BF16)
     for (int64_t i = 0; i < E; i++) ((uint16_t *)to)[t * E + i] = lina_to_bf16((float)row[i]);
@@ -53,9 +36,9 @@ static void NAME(fwd)(const lina_gate_args *a, int64_t begin, int64_t end, void 
   const int64_t E = a->E, K = a->K, padded = (E + LANES - 1) / LANES * LANES;
   const int with_keys = a->bias != NULL || a->groups > 1;
   const A *bias = (const A *)a->bias;
-  for (int64_t i = E; i < padded; i++) buffer[i] = key[i] = -(A)INFINITY;
+  for (int64_t i = E; i < padded; i++) key[i] = -(A)INFINITY;
   for (int64_t t = begin; t < end; t++) {
-    const A *l = NAME(load_row)(a->logits, a->dtype, t, E, buffer);
+    const A *l = NAME(load_row)(a->logits, a->dtype, a->T, t, E, buffer);
     int32_t *id = a->expert + t * K;
     A largest = 0, sum = 0, inverse = 0;
     if (stat || a->score == LINA_SOFTMAX) {
@@ -123,9 +106,8 @@ static void NAME(bwd)(const lina_gate_bwd_args *a, int64_t begin, int64_t end) {
   const A *dstat = (const A *)a->dstat, dz = dstat ? dstat[E] : 0;
   const int softmax = a->score == LINA_SOFTMAX, sigmoid = a->score == LINA_SIGMOID;
   for (int64_t i = 0; i < padded; i++) G[i] = dstat && i < E ? dstat[i] : 0;
-  for (int64_t i = E; i < padded; i++) buffer[i] = -(A)INFINITY;
   for (int64_t t = begin; t < end; t++) {
-    const A *l = NAME(load_row)(a->logits, a->dtype, t, E, buffer);
+    const A *l = NAME(load_row)(a->logits, a->dtype, a->T, t, E, buffer);
     const int32_t *id = a->expert + t * K;
     const int with_weights = a->dweight && NAME(all_experts)(id, K, E);
     A shift = 0, dot = 0;
