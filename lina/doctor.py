@@ -154,7 +154,7 @@ def _paths(found: dict[str, Any]) -> list[str]:
     """Which path a call takes, and why, one line each."""
     cpu, gpus = found["cpu"], found["gpus"]
     lines = [f"CPU tensors: lina's C kernels for {cpu['level']}, {cpu['threads']} threads; "
-             "products by torch's mm"]
+             "products by torch"]
     if not gpus:
         why = "torch is a CPU build" if found["torch_cuda"] is None else "torch finds no GPU"
         lines.append(f"CUDA tensors: none, {why}")
