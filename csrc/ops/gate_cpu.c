@@ -130,6 +130,8 @@ static void choose(int dtype, int64_t E, fwd_fn **fwd, bwd_fn **bwd) {
     *fwd = fwd_f32_avx512, *bwd = bwd_f32_avx512;
   else if (__builtin_cpu_supports("avx2"))
     *fwd = fwd_f32_avx2, *bwd = bwd_f32_avx2;
+#else
+  (void)E;
 #endif
 }
 
