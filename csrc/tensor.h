@@ -43,6 +43,9 @@ typedef struct {
   int dtype, device, index;        /* lina_dtype, lina_device, device number */
 } lina_tensor;
 
+/* dtype of the router's weights, of their gradients and of sums. */
+static inline int lina_sum_dtype(int dtype) { return dtype == LINA_F64 ? LINA_F64 : LINA_F32; }
+
 /* ---- the stack ---- */
 
 /* Takes ownership of a Tensor cell. Fails (LINA_ETORCH) only if torch does;
@@ -106,6 +109,10 @@ typedef struct {
   void *data;
   int64_t rows, cols, row_stride, col_stride;
 } lina_matrix;
+static inline lina_matrix lina_transposed(lina_matrix m) {
+  lina_matrix t = {m.data, m.cols, m.rows, m.col_stride, m.row_stride};
+  return t;
+}
 /* out = a @ b on the CPU by torch's own products, of its mm or its oneDNN (any CPU
  * float dtype). out's rows or columns are contiguous; it must not overlap. a may have
  * more rows than out: their products are not wanted. */

@@ -54,11 +54,6 @@ int64_t lina_mm_rows(int64_t n, int dtype) {
   return (n + step - 1) / step * step;
 }
 
-static lina_matrix transposed(lina_matrix m) {
-  lina_matrix t = {m.data, m.cols, m.rows, m.col_stride, m.row_stride};
-  return t;
-}
-
 typedef struct {
   const float *from;
   float *to;
@@ -113,14 +108,14 @@ static int by_onednn(lina_matrix out, lina_matrix a, lina_matrix b) {
   void *x = NULL, *weight = NULL, *result = NULL;
   int rc;
   if (out.col_stride != 1) {             /* out^T = b^T a^T */
-    lina_matrix left = transposed(b);
-    a.rows = out.rows, b = transposed(a), a = left, out = transposed(out);
+    lina_matrix left = lina_transposed(b);
+    a.rows = out.rows, b = lina_transposed(a), a = left, out = lina_transposed(out);
   }
   if (a.row_stride == 1 && a.col_stride != 1)
     LINA_TRY(in_rows(a, &x));
   else
     LINA_TRY(wrap(&a, LINA_F32, &x));
-  b = transposed(b);
+  b = lina_transposed(b);
   LINA_TRY(wrap(&b, LINA_F32, &weight));
   if (lina_torch.aoti_torch_cpu__linear_pointwise(x, weight, NULL, "none", NULL, 0, NULL,
                                                   &result) != 0) {

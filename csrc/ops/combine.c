@@ -235,7 +235,7 @@ void lina_combine_bwd_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts) {
   LINA_TRY(check_indices("combine_bwd", "pair_row", &pair_row, N));
   LINA_TRY(check_indices("combine_bwd", "row_pair", &row_pair, T * K));
   int64_t size[2] = {N, D}, weight_size[2] = {T, K}, none[1] = {0};
-  int sum_dtype = y.dtype == LINA_F64 ? LINA_F64 : LINA_F32;
+  int sum_dtype = lina_sum_dtype(y.dtype);
   LINA_TRY(lina_empty(&dy, y.dtype, &y, 2, size));
   if (weight.handle)
     LINA_TRY(lina_empty(&dweight, sum_dtype, &y, 2, weight_size));

@@ -25,10 +25,6 @@ static lina_matrix filled_up(const lina_tensor *t, int64_t n) {
          (size_t)((rows - n) * width * lina_dtype_bytes(t->dtype)));
   return rows_of(t->data, t->dtype, 0, rows, width);
 }
-static lina_matrix transposed(lina_matrix m) {
-  lina_matrix t = {m.data, m.cols, m.rows, m.col_stride, m.row_stride};
-  return t;
-}
 /* Matrix e of [E, rows, cols]. */
 static lina_matrix slice(const lina_tensor *w, int64_t e) {
   lina_matrix m = {lina_at_mutable(w->data, w->dtype, e * w->stride[0]), w->size[1], w->size[2],
@@ -36,7 +32,7 @@ static lina_matrix slice(const lina_tensor *w, int64_t e) {
   return m;
 }
 static void zero_matrix(lina_matrix m, int dtype) {
-  if (m.col_stride != 1) m = transposed(m);
+  if (m.col_stride != 1) m = lina_transposed(m);
   for (int64_t i = 0; i < m.rows; i++)
     memset(lina_at_mutable(m.data, dtype, i * m.row_stride), 0,
            (size_t)(m.cols * lina_dtype_bytes(dtype)));
@@ -89,10 +85,10 @@ int lina_experts_fwd_cpu(lina_experts_fwd *p) {
     lina_matrix ma = filled_up(&a, n);
     lina_matrix my = rows_of(p->y.data, s->dtype, first, n, s->D);
     LINA_TRY(lina_gather_rows(s, p->x.data, (const int32_t *)p->row_pair.data + first, n, mx.data));
-    LINA_TRY(lina_mm(mh, mx, transposed(slice(&p->w_up, e)), s->dtype));
+    LINA_TRY(lina_mm(mh, mx, lina_transposed(slice(&p->w_up, e)), s->dtype));
     LINA_TRY(lina_activate_rows(
         s, n, p->b_up.handle ? lina_at(p->b_up.data, s->dtype, e * s->U) : NULL, mh.data, ma.data));
-    LINA_TRY(lina_mm(my, ma, transposed(slice(&p->w_down, e)), s->dtype));
+    LINA_TRY(lina_mm(my, ma, lina_transposed(slice(&p->w_down, e)), s->dtype));
     if (p->b_down.handle)
       LINA_TRY(
           lina_add_bias(s->dtype, n, s->D, lina_at(p->b_down.data, s->dtype, e * s->D), my.data));
@@ -168,7 +164,7 @@ static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first,
     LINA_TRY(lina_activate_bwd_rows(&args));
   }
   if (p->need & LINA_NEED_DW_DOWN)
-    LINA_TRY(lina_mm(slice(&p->dw_down, e), transposed(dy), a, s->dtype));
+    LINA_TRY(lina_mm(slice(&p->dw_down, e), lina_transposed(dy), a, s->dtype));
   if (p->need & LINA_NEED_DB_DOWN)
     LINA_TRY(lina_sum_rows(s->dtype, n, s->D, dy.data, row_pair,
                            p->weight.handle ? p->weight.data : NULL,
@@ -176,7 +172,7 @@ static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first,
   if (p->need & LINA_NEED_DW_UP) {
     lina_matrix x = filled_up(&b->x, n);
     LINA_TRY(lina_gather_rows(s, p->x.data, row_pair, n, x.data));
-    LINA_TRY(lina_mm(slice(&p->dw_up, e), transposed(dh), x, s->dtype));
+    LINA_TRY(lina_mm(slice(&p->dw_up, e), lina_transposed(dh), x, s->dtype));
   }
   if (p->need & LINA_NEED_DB_UP)
     LINA_TRY(lina_sum_rows(s->dtype, n, s->U, dh.data, row_pair, NULL,

@@ -43,7 +43,4 @@ int lina_experts_bwd_cuda(lina_experts_bwd *p, void *stream);
  * and does not overlap itself, else contiguous ones. */
 void lina_gradient_strides(const lina_tensor *w, int64_t stride[3]);
 
-/* dtype of the router's weights, of their gradients and of sums. */
-static inline int lina_sum_dtype(int dtype) { return dtype == LINA_F64 ? LINA_F64 : LINA_F32; }
-
 #endif

@@ -7,8 +7,6 @@
 
 #define LOGITS (1u << LINA_F32 | 1u << LINA_BF16 | 1u << LINA_F16)
 
-static int acc_dtype(int dtype) { return dtype == LINA_F64 ? LINA_F64 : LINA_F32; }
-
 /* What both passes ask of the logits; float64 is for the CPU only. */
 static int check_logits(const lina_tensor *logits) {
   const unsigned mask = logits->device == LINA_ON_CUDA ? LOGITS : LOGITS | 1u << LINA_F64;
@@ -97,7 +95,7 @@ void lina_gate_fwd_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts) {
   for (int i = 0; i < 2; i++) LINA_TRY(taken[i]);
   LINA_TRY(check_logits(&logits));
   const int64_t T = logits.size[0], E = logits.size[1];
-  const int acc = acc_dtype(logits.dtype);
+  const int acc = lina_sum_dtype(logits.dtype);
   LINA_TRY(check_choice(K, E, score));
   LINA_TRY(check_groups(groups, top_groups, group_top, K, E));
   LINA_TRY(lina_enter(&logits, &scope));
@@ -166,7 +164,7 @@ void lina_gate_bwd_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts) {
   for (int i = 0; i < 4; i++) LINA_TRY(taken[i]);
   LINA_TRY(check_logits(&logits));
   const int64_t T = logits.size[0], E = logits.size[1];
-  const int acc = acc_dtype(logits.dtype);
+  const int acc = lina_sum_dtype(logits.dtype);
   LINA_TRY(lina_check("gate", "expert", &expert, 2, 1u << LINA_I32));
   const int64_t K = expert.size[1];
   LINA_TRY(check_choice(K, E, score));

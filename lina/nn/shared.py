@@ -36,7 +36,7 @@ class SharedExpert(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D], in the weights' dtype. Raises as :func:`lina.ops.moe`."""
         T = x_TD.shape[0]
-        ones_T1 = x_TD.new_ones(T, 1, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        ones_T1 = x_TD.new_ones(T, 1, dtype=ops.sum_dtype(x_TD.dtype))
         zeros_T1 = x_TD.new_zeros(T, 1, dtype=torch.int32)
         return ops.moe(x_TD, ones_T1, zeros_T1, self.w_up[None], self.w_down[None], **self.options)
 

@@ -5,15 +5,18 @@ plain PyTorch in ``lina.reference``.
 """
 
 from lina.ops.combine import combine
+from lina.ops.dtypes import FLOATS, sum_dtype
 from lina.ops.experts import ACTIVATIONS, GATED, experts
 from lina.ops.gate import Routing, balance_loss, check_gate, gate, jitter, update_bias
 from lina.ops.moe import moe
 from lina.ops.once import once
-from lina.ops.sort import Rows, sort
+from lina.ops.sort import MAX_EXPERTS, Rows, sort
 
 __all__ = [
     "ACTIVATIONS",
+    "FLOATS",
     "GATED",
+    "MAX_EXPERTS",
     "Routing",
     "Rows",
     "balance_loss",
@@ -25,5 +28,6 @@ __all__ = [
     "moe",
     "once",
     "sort",
+    "sum_dtype",
     "update_bias",
 ]

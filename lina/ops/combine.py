@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from lina.ops.devices import check_devices
+from lina.ops.dtypes import FLOATS, check_float, sum_dtype
 from lina.ops.experts import check_rows, wanted
 from lina.ops.once import needs_grad, once
 from lina.ops.sort import Rows
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def combine(y_ND: Tensor, rows: Rows, weight_TK: Tensor | None = None) -> Tensor:
@@ -33,12 +32,7 @@ def combine(y_ND: Tensor, rows: Rows, weight_TK: Tensor | None = None) -> Tensor
         TypeError: an argument of another type or dtype.
         ValueError: a shape or device that does not fit; K is 1 to 1024.
     """
-    if not isinstance(y_ND, Tensor):
-        raise TypeError(f"combine: y_ND is a {type(y_ND).__name__}, must be a Tensor")
-    if y_ND.dtype not in _DTYPES:
-        raise TypeError(f"combine: y_ND is of {y_ND.dtype}, must be float32, bfloat16, float16 or float64")
-    if y_ND.dtype == torch.float64 and y_ND.device.type == "cuda":
-        raise TypeError(f"combine: y_ND is of float64 on {y_ND.device}; float64 is for the CPU only")
+    check_float("combine", "y_ND", y_ND)
     if y_ND.dim() != 2:
         raise ValueError(f"combine: y_ND has {y_ND.dim()} dimensions, must have 2: rows, width")
     if y_ND.shape[0] != rows.row_pair_N.shape[0]:
@@ -58,14 +52,14 @@ def router_weight(op: str, weight_TK: Tensor | None, like: Tensor, shape: tuple)
         return None
     if not isinstance(weight_TK, Tensor):
         raise TypeError(f"{op}: weight_TK is a {type(weight_TK).__name__}, must be a Tensor")
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(like.dtype)
     if weight_TK.shape != shape:
         raise ValueError(f"{op}: weight_TK has shape {tuple(weight_TK.shape)}, must be {tuple(shape)}")
     if weight_TK.device != like.device:
         raise ValueError(f"{op}: weight_TK lies on {weight_TK.device}, must lie on {like.device}")
     if weight_TK.dtype == dtype:
         return weight_TK
-    if weight_TK.dtype not in _DTYPES or weight_TK.dtype == torch.float64:
+    if weight_TK.dtype not in FLOATS or weight_TK.dtype == torch.float64:
         raise TypeError(f"{op}: weight_TK is of {weight_TK.dtype}, must be a float dtype up to {dtype}")
     return weight_TK.to(dtype)
 
@@ -92,5 +86,5 @@ def _fake_fwd(y, weight, pair_row):
 @torch.library.register_fake("lina::combine_bwd")
 def _fake_bwd(dout, y, weight, pair_row, row_pair):
     check_devices("combine_bwd", y, dout=dout, weight=weight, pair_row=pair_row, row_pair=row_pair)
-    acc = torch.float64 if y.dtype == torch.float64 else torch.float32
+    acc = sum_dtype(y.dtype)
     return y.new_empty(y.shape), y.new_empty((0,) if weight is None else pair_row.shape, dtype=acc)

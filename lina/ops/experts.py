@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lina.ops.devices import check_devices
+from lina.ops.dtypes import check_float, sum_dtype
 from lina.ops.once import needs_grad, once
-from lina.ops.sort import Rows
+from lina.ops.sort import MAX_EXPERTS, Rows
 
 GATED = ("swiglu", "geglu", "swiglu_clamped")
 ACTIVATIONS = {
@@ -20,9 +21,7 @@ ACTIVATIONS = {
         (*GATED, "gelu", "relu", "relu2", "silu")
     )
 }
-MAX_EXPERTS = 1024
 NEED_DX, NEED_DWEIGHT, NEED_DW_UP, NEED_DB_UP, NEED_DW_DOWN, NEED_DB_DOWN = (1 << i for i in range(6))
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def experts(
@@ -119,10 +118,7 @@ def check(
     limit: float,
 ) -> None:
     """Raises what ``experts`` and ``moe`` document."""
-    if x_TD.dtype not in _DTYPES:
-        raise TypeError(f"{op}: x_TD is of {x_TD.dtype}, must be float32, bfloat16, float16 or float64")
-    if x_TD.dtype == torch.float64 and x_TD.device.type == "cuda":
-        raise TypeError(f"{op}: x_TD is of float64 on {x_TD.device}; float64 is for the CPU only")
+    check_float(op, "x_TD", x_TD)
     if x_TD.dim() != 2:
         raise ValueError(f"{op}: x_TD has {x_TD.dim()} dimensions, must have 2: tokens, width")
     if activation not in ACTIVATIONS:
@@ -235,7 +231,7 @@ def _fake_bwd(
     indices = dict(offset=offset, row_pair=row_pair, pair_row=pair_row)
     values = dict(dy=dy, weight=weight, h=h, w_up=w_up, w_down=w_down, b_down=b_down)
     check_devices("experts_bwd", x, **indices, **values)
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    acc = sum_dtype(x.dtype)
     E, U, D = w_up.shape
 
     def out(bit, size, dtype=x.dtype):

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from lina.ops.devices import check_devices
+from lina.ops.dtypes import check_float, sum_dtype
 from lina.ops.once import needs_grad, once
+from lina.ops.sort import MAX_EXPERTS
 
 SCORES = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2}  # enum lina_score
 GROUP_SCORES = {"top2": 2, "max": 1}  # group_top
 BALANCE_FORMS = ("switch", "gshard")
-MAX_EXPERTS, MAX_TOP_K, MAX_ELEMENTS = 1024, 32, 2**31 - 1
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_TOP_K, MAX_ELEMENTS = 32, 2**31 - 1
 
 
 class Routing(NamedTuple):
@@ -78,7 +79,7 @@ def gate(
     """
     _check(logits_TE, top_k, score, bias_E, groups, top_groups, group_score)
     if bias_E is not None:
-        bias_E = bias_E.detach().to(torch.float64 if logits_TE.dtype == torch.float64 else torch.float32)
+        bias_E = bias_E.detach().to(sum_dtype(logits_TE.dtype))
     arguments = (
         logits_TE,
         bias_E,
@@ -104,14 +105,7 @@ def _check(
     top_groups: int | None,
     group_score: str,
 ) -> None:
-    if not isinstance(logits_TE, Tensor):
-        raise TypeError(f"gate: logits_TE is a {type(logits_TE).__name__}, must be a Tensor")
-    if logits_TE.dtype not in _DTYPES:
-        raise TypeError(
-            f"gate: logits_TE is of {logits_TE.dtype}, must be float32, bfloat16, float16 or float64"
-        )
-    if logits_TE.dtype == torch.float64 and logits_TE.device.type == "cuda":
-        raise TypeError(f"gate: logits_TE is of float64 on {logits_TE.device}; float64 is for the CPU only")
+    check_float("gate", "logits_TE", logits_TE)
     if logits_TE.dim() != 2:
         raise ValueError(f"gate: logits_TE has {logits_TE.dim()} dimensions, must have 2: tokens, experts")
     E = logits_TE.shape[1]
@@ -200,7 +194,7 @@ class _Gate(torch.autograd.Function):
 def _fake_fwd(logits, bias, k, score, renorm, scale, groups, top_groups, group_top, stats):
     check_devices("gate", logits, bias=bias)
     T, E = logits.shape
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    acc = sum_dtype(logits.dtype)
     return (
         logits.new_empty((T, k), dtype=acc),
         logits.new_empty((T, k), dtype=torch.int32),

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from lina import ops, tracing
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients")
 
 
@@ -77,8 +76,8 @@ def dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
 def _dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
               group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Route]:
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x_TD, weight_TK)]
-    facts = [x_TD.shape[1], weight_TK.shape[1], experts, _DTYPES.index(x_TD.dtype),
-             _DTYPES.index(weight_TK.dtype), wanted[0] + 2 * wanted[1]]
+    facts = [x_TD.shape[1], weight_TK.shape[1], experts, ops.FLOATS.index(x_TD.dtype),
+             ops.FLOATS.index(weight_TK.dtype), wanted[0] + 2 * wanted[1]]
     route = _plan(expert_TK, experts, facts, group)
     x_RD, weight_RK, expert_RK = _Dispatch.apply(x_TD, weight_TK, expert_TK, experts, route)
     return x_RD, weight_RK, expert_RK, route
@@ -109,10 +108,10 @@ def eagerly(call: Callable) -> Callable:
 
 
 def _check(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int, ep: int) -> None:
-    if x_TD.dim() != 2 or x_TD.dtype not in _DTYPES:
+    if x_TD.dim() != 2 or x_TD.dtype not in ops.FLOATS:
         raise ValueError(f"dispatch: x is {x_TD.dtype} of shape {tuple(x_TD.shape)}, "
                          "must be [T, D] of a float dtype")
-    if weight_TK.dim() != 2 or weight_TK.shape[0] != x_TD.shape[0] or weight_TK.dtype not in _DTYPES:
+    if weight_TK.dim() != 2 or weight_TK.shape[0] != x_TD.shape[0] or weight_TK.dtype not in ops.FLOATS:
         raise ValueError(f"dispatch: weight is {weight_TK.dtype} of shape {tuple(weight_TK.shape)}, "
                          f"must be [{x_TD.shape[0]}, K] of a float dtype")
     if expert_TK.shape != weight_TK.shape or expert_TK.dtype != torch.int32:
@@ -142,7 +141,7 @@ def _plan(expert_TK: Tensor, experts: int, facts: list[int], group: dist.Process
     received, *agreed = columns
     for name, values in zip(_AGREED, agreed, strict=True):
         if len(set(values)) > 1:
-            shown: list[Any] = [str(_DTYPES[v]) for v in values] if name.startswith("dtype") else values
+            shown: list[Any] = [str(ops.FLOATS[v]) for v in values] if name.startswith("dtype") else values
             raise ValueError(f"dispatch: the ranks of one expert group disagree on {name}: {shown} by rank")
 
     row_TK = rows.pair_row_TK.long().gather(1, rank_TK.clamp(max=ep - 1))

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lina import ops, parallel
 from lina.swap.probe import agree, line, quiet, random
-from lina.swap.shell import DTYPES, MARKS, MAX_EXPERTS, STAMP, Match, Shell, is_dtensor, run
+from lina.swap.shell import MARKS, STAMP, Match, Shell, is_dtensor, run
 
 # Attributes that name a size, for the small copy: experts, model width, expert width.
 _SIZES = (("num_experts", "num_local_experts"), ("hidden_dim", "hidden_size"),
@@ -129,13 +129,13 @@ def _obstacle(module: Any, up: str) -> str | None:
     for name, p in (*module._parameters.items(), *module._buffers.items()):
         if is_dtensor(p):
             return f"{name} is a DTensor: call lina.swap before sharding the model"
-        if p is not None and p.dtype not in DTYPES:
+        if p is not None and p.dtype not in ops.FLOATS:
             return f"{name} is {p.dtype}, lina takes float64, float32, bfloat16 or float16"
     w_up, w_down = getattr(module, up), module.down_proj
     if w_up is None or w_down is None or w_up.dim() != 3 or w_down.dim() != 3:
         return f"{up} and down_proj are not stacked weights of three dimensions"
-    if w_up.shape[0] > MAX_EXPERTS:
-        return f"it has {w_up.shape[0]} experts, lina takes at most {MAX_EXPERTS}"
+    if w_up.shape[0] > ops.MAX_EXPERTS:
+        return f"it has {w_up.shape[0]} experts, lina takes at most {ops.MAX_EXPERTS}"
     if getattr(module, "has_post_expert_norm", False):
         return "a norm follows each expert (has_post_expert_norm)"
     if "forward" in vars(module):

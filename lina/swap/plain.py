@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lina import ops
 from lina.swap.loop import Form, LoopBlock, parts, route, stacked
 from lina.swap.probe import agree, line, quiet, random, traces
-from lina.swap.shell import DTYPES, MARKS, MAX_EXPERTS, Match, is_dtensor
+from lina.swap.shell import MARKS, Match, is_dtensor
 
 ROUTERS = ("gate", "router")
 TOP_K = ("top_k", "num_experts_per_tok", "topk", "k")
@@ -62,8 +62,8 @@ def _obstacle(block: Any, router: str, experts: Any, names: tuple[str, ...]) -> 
     """Why the block is not of the documented shape, found without running it."""
     if not any(isinstance(getattr(block, name, None), int) for name in TOP_K):
         return f"it has no integer attribute {', '.join(TOP_K[:-1])} or {TOP_K[-1]}"
-    if len(experts) > MAX_EXPERTS:
-        return f"it has {len(experts)} experts, lina takes at most {MAX_EXPERTS}"
+    if len(experts) > ops.MAX_EXPERTS:
+        return f"it has {len(experts)} experts, lina takes at most {ops.MAX_EXPERTS}"
     if getattr(block, router).out_features != len(experts):
         return f"{router} has {getattr(block, router).out_features} outputs for {len(experts)} experts"
     if "forward" in vars(block):
@@ -90,7 +90,7 @@ def _obstacle(block: Any, router: str, experts: Any, names: tuple[str, ...]) -> 
         return f"of {' and '.join(names[:-1])} only one has a bias"
     if any(is_dtensor(p) for p in block.parameters()):
         return "its parameters are DTensors: call lina.swap before sharding the model"
-    if first._modules[names[0]].weight.dtype not in DTYPES:
+    if first._modules[names[0]].weight.dtype not in ops.FLOATS:
         return f"its weights are {first._modules[names[0]].weight.dtype}"
     for name, module in experts.named_modules():
         if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,

@@ -18,8 +18,6 @@ from lina import ops, parallel
 STAMP = "lina_ep"     # the entry of a state_dict, and an attribute, as some of torch's tools expect
 # What lina.parallel looks for on a module that holds experts.
 MARKS = ("count", "local", "mesh")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MAX_EXPERTS = 1024
 
 
 def is_dtensor(p: Tensor) -> bool:
@@ -135,7 +133,7 @@ def run(experts: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: 
 
     Weights go in as the operators take them: float32, or float64 beside float64 tokens.
     """
-    weight_TK = weight_TK.to(torch.float64 if x_TD.dtype == torch.float64 else torch.float32)
+    weight_TK = weight_TK.to(ops.sum_dtype(x_TD.dtype))
     expert_TK = expert_TK.to(torch.int32)
     if experts.local == experts.count:
         return ops.moe(x_TD, weight_TK, expert_TK, w_up, w_down, **options).to(x_TD.dtype)
