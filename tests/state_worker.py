@@ -7,14 +7,18 @@ import math
 
 import torch
 import torch.distributed as dist
-from parallel_worker import batch, error_of, everyone, loss_of, spread_net, whole_net
+from parallel_worker import batch, dtype_of, error_of, everyone, loss_of, spread_net, whole_net
 from torch.nn.parallel import DistributedDataParallel
 
 import lina
 from lina import parallel
-from lina.swap.probe import agree
+from lina.swap import probe
 
 from swap_cases import D, Model
+
+
+def agree(got, want) -> bool:
+    return probe.agree(got, want, torch.finfo(got.dtype).eps)
 
 
 def rank0s(state):
@@ -24,9 +28,9 @@ def rank0s(state):
     return box[0]
 
 
-def swapped(mesh, seed: int = 0, transposed: bool = True) -> Model:
+def swapped(device, mesh, seed: int = 0, transposed: bool = True) -> Model:
     torch.manual_seed(seed)
-    model = Model(transposed).double()
+    model = Model(transposed).to(device, dtype_of(device))
     return model if mesh is None else lina.swap(model, mesh)
 
 
@@ -34,12 +38,13 @@ def checkpoint(device, kind: str) -> None:
     """One rank's state is refused elsewhere, its own is taken; the gathered one goes anywhere."""
     mesh = lina.mesh(ep=2)
     rank = dist.get_rank()
+    like = torch.empty((), device=device, dtype=dtype_of(device))
 
     def build(mesh, seed):
         if kind == "swap":
-            return swapped(mesh, seed), torch.randn(5, D, dtype=torch.float64)
+            return swapped(device, mesh, seed), torch.randn(5, D).to(like)
         torch.manual_seed(seed)
-        return whole_or_spread(mesh, seed), batch(rank, 0, torch.empty((), dtype=torch.float64), 5)[0]
+        return whole_or_spread(mesh, seed), batch(rank, 0, like, 5)[0]
 
     def whole_or_spread(mesh, seed):
         net = whole_net("topk", device)
@@ -71,7 +76,7 @@ def checkpoint(device, kind: str) -> None:
     assert str(other.load_state_dict(mine, strict=True)) == "<All keys matched successfully>"
     assert torch.equal(out(other), want)
 
-    state = rank0s(lina.gathered_state_dict(spread))
+    state = {k: v.to(device) for k, v in rank0s(lina.gathered_state_dict(spread)).items()}
     ref = whole.state_dict()
     assert state.keys() == ref.keys()
     assert all(torch.equal(state[k], ref[k]) for k in ref)
@@ -92,7 +97,7 @@ def scaler(device, how: str) -> None:
     net = spread_net(whole_net("softmax", device, torch.float32), "softmax", mesh)
     model = lina.ddp(net, mesh)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.1, fused=how == "fused")
-    scaling = lina.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    scaling = lina.GradScaler(device.type, init_scale=1024.0, growth_interval=100)
     for step in range(3):
         before = [p.detach().clone() for p in net.parameters()]
         scaling.scale(loss_of(model, *batch(rank, step, before[0]))).backward()
@@ -108,25 +113,25 @@ def scaler(device, how: str) -> None:
         assert scaling.get_scale() == (1024.0 if step < 1 else 512.0)
         assert len(set(everyone(repr(net.first.weight.tolist())))) == 1
         optimizer.zero_grad()
-    idle = torch.nn.Parameter(torch.ones(2))               # a rank with no gradients takes part
+    idle = torch.nn.Parameter(torch.ones(2, device=device))     # a rank with no gradients takes part
     if rank == 1:
-        idle.grad = torch.tensor([1.0, math.inf])
+        idle.grad = torch.tensor([1.0, math.inf], device=device)
     other = torch.optim.SGD([idle], lr=1.0)
     scaling.step(other)
     scaling.update()
-    assert scaling.get_scale() == 256.0 and torch.equal(idle, torch.ones(2))
+    assert scaling.get_scale() == 256.0 and torch.equal(idle, torch.ones_like(idle))
 
 
 def way_back(device) -> None:
     """After unswap gradients are the original's: of one process, by torch's wrapper and by lina's."""
     mesh = lina.mesh(ep=2)
     rank = dist.get_rank()
-    model = swapped(None)
+    model = swapped(device, None)
     ref = copy.deepcopy(model)
     old = lina.ddp(lina.swap(model, mesh), mesh)
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
     torch.manual_seed(10 + rank)                           # each rank its own tokens
-    x = torch.randn(6 - rank, D, dtype=torch.float64)
+    x = torch.randn(6 - rank, D).to(device, dtype_of(device))
     old(x).square().mean().backward()
     lina.unswap(model)
 

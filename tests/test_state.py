@@ -1,4 +1,4 @@
-"""Two ranks over gloo: whose experts a state_dict holds, loss scaling, and the way back from a mesh."""
+"""Two ranks: whose experts a state_dict holds, loss scaling, and the way back from a mesh."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from ranks import launch, results
 
 SCENARIOS = ["checkpoint:layer", "checkpoint:swap", "scaler:step", "scaler:unscale", "scaler:fused",
              "way_back"]
-_done: dict[str, str] = {}                # one start of both ranks serves all scenarios
+CASES = [pytest.param(backend, name, id=f"{backend}-{name}", marks=[pytest.mark.multi, *marks])
+         for backend, marks in (("gloo", []), ("nccl", [pytest.mark.gpu])) for name in [*SCENARIOS, "exit"]]
+_done: dict[str, dict[str, str]] = {}     # one start of both ranks serves all scenarios of a backend
 
 
-@pytest.mark.multi
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "exit"])
-def test_ranks(scenario: str) -> None:
-    if not _done:
-        _done.update({"exit": "", **results(launch("state_worker", SCENARIOS, 2))})
-    found = _done.get(scenario, "not reached: an earlier scenario failed")
+@pytest.mark.parametrize("backend,scenario", CASES)
+def test_ranks(backend: str, scenario: str) -> None:
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, there are {torch.cuda.device_count()}")
+    if backend not in _done:
+        _done[backend] = {"exit": "", **results(launch("state_worker", SCENARIOS, 2, backend=backend))}
+    found = _done[backend].get(scenario, "not reached: an earlier scenario failed")
     assert not found, found
 
 

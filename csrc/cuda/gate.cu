@@ -268,7 +268,7 @@ template <class T, int LANES, int V> static int launch_tile(const lina_gate_args
 }
 
 template <class T> static int launch(const lina_gate_args *a, cudaStream_t stream) {
-  return with_forward_tile(a->E, [&](auto t) {
+  return with_tile<8>(a->E, [&](auto t) {
     return launch_tile<T, decltype(t)::lanes, decltype(t)::slots>(a, stream);
   });
 }

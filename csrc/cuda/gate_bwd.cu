@@ -173,7 +173,7 @@ template <class T, int LANES, int V> static int launch_tile(const lina_gate_bwd_
 }
 
 template <class T> static int launch(const lina_gate_bwd_args *a, cudaStream_t stream) {
-  return with_tile(a->E, [&](auto t) {
+  return with_tile<16>(a->E, [&](auto t) {
     return launch_tile<T, decltype(t)::lanes, decltype(t)::slots>(a, stream);
   });
 }
