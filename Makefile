@@ -81,8 +81,8 @@ CALLS ?= 100000
 SEED ?= 1
 SANITIZE := -std=c11 -g -O1 -fno-omit-frame-pointer -fexceptions -Wall -Wextra -fsanitize=address,undefined \
   -fno-sanitize-recover=undefined -DLINA_CUDA=0 -Icsrc -Itests
-# module.c is the Python side and comm the GPUs'; everything else runs without Python, torch and CUDA.
-CORE := $(filter-out csrc/module.c csrc/comm/%,$(shell find csrc -name '*.c'))
+# module*.c are the Python side and comm the GPUs'; everything else runs without Python, torch and CUDA.
+CORE := $(filter-out csrc/module%.c csrc/comm/%,$(shell find csrc -name '*.c'))
 FUZZ := build/fuzz
 
 sanitize: sanitize-cpu sanitize-gpu
@@ -95,9 +95,20 @@ $(FUZZ)/%/libtorch_cpu.so: tests/fake_torch.c tests/fake_torch.h
 $(FUZZ)/fuzz: $(FUZZ)/new/libtorch_cpu.so $(FUZZ)/old/libtorch_cpu.so $(wildcard tests/fuzz_*.[ch]) tests/fake_torch.h $(SOURCES)
 	$(CC) $(SANITIZE) -o $@ tests/fuzz_core.c tests/fuzz_draw.c $(CORE) $< -lm -ldl -lpthread
 
-sanitize-cpu: $(FUZZ)/fuzz
+PLAN := csrc/error.c $(wildcard csrc/plan/*.c)
+$(FUZZ)/plan: $(wildcard tests/fuzz_plan*.[ch]) csrc/error.h $(wildcard csrc/plan/*.h) $(PLAN)
+	@mkdir -p $(@D)
+	$(CC) $(SANITIZE) -o $@ $(wildcard tests/fuzz_plan*.c) $(PLAN) -lm
+
+$(FUZZ)/simulate: tests/fuzz_simulate.c csrc/error.h $(wildcard csrc/plan/*.h) $(PLAN)
+	@mkdir -p $(@D)
+	$(CC) $(SANITIZE) -o $@ $< $(PLAN) -lm
+
+sanitize-cpu: $(FUZZ)/fuzz $(FUZZ)/plan $(FUZZ)/simulate
 	LD_LIBRARY_PATH=$(FUZZ)/new $< $(CALLS) $(SEED)
 	LD_LIBRARY_PATH=$(FUZZ)/old $< $$(( $(CALLS) / 10 )) $(SEED)
+	$(FUZZ)/plan $(CALLS) $(SEED)
+	$(FUZZ)/simulate $(CALLS) $(SEED)
 
 sanitize-gpu:
 ifeq ($(GPU),)

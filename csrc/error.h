@@ -16,7 +16,9 @@ extern "C" {
   X(ENOTSUP, -2, "dtype or device not supported") \
   X(ECUDA, -3, "CUDA call failed")                \
   X(ETORCH, -4, "libtorch call failed")           \
-  X(ENOMEM, -5, "out of memory")
+  X(ENOMEM, -5, "out of memory")                  \
+  X(ENCCL, -6, "NCCL failed")                     \
+  X(EPEER, -7, "another rank failed")
 
 enum lina_code {
   LINA_OK = 0,

@@ -15,13 +15,25 @@ except ModuleNotFoundError as error:
 
 from lina import nn, ops
 from lina.nn import MoE, aux_loss, update_bias
-from lina.parallel import GradScaler, clip_grad_norm_, ddp, gathered_state_dict, mesh
+from lina.parallel import (
+    GradScaler,
+    HookState,
+    allreduce_hook,
+    clip_grad_norm_,
+    ddp,
+    fsdp,
+    gathered_state_dict,
+    mesh,
+    regroup,
+)
+from lina.profile import profile
 from lina.swap import swap, swap_report, unswap
 from lina.tracing import trace
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GradScaler", "MoE", "aux_loss", "clip_grad_norm_", "ddp", "gathered_state_dict", "mesh", "nn", "ops",
-    "swap", "swap_report", "trace", "unswap", "update_bias",
+    "GradScaler", "HookState", "MoE", "allreduce_hook", "aux_loss", "clip_grad_norm_", "ddp",
+    "fsdp", "gathered_state_dict", "mesh", "nn", "ops", "profile", "regroup", "swap", "swap_report",
+    "trace", "unswap", "update_bias",
 ]

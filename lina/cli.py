@@ -1,11 +1,11 @@
-"""The console script `lina`: train, doctor, trace."""
+"""The console script `lina`: train, doctor, profile, simulate, trace."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 BAD_OPTION, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -18,6 +18,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     import lina
+    from lina.profile import command as profile
+    from lina.simulate import command as simulate
     from lina.train import options
 
     parser = _Parser(prog="lina", allow_abbrev=False,
@@ -41,10 +43,22 @@ def _parser() -> _Parser:
         description="Versions, processors, links, and the paths lina will use and why.")
     trace = commands.add_parser(
         "trace", help="summarise and draw a trace written by lina.trace",
-        description="Prints each track's share and the share of the time spent waiting for the network; "
-                    "writes FILE.png.")
+        description="Prints each track's share and bytes, the share of the time spent waiting for the "
+                    "network, the share of a2a hidden by rank and layer, and peak memory; writes FILE.png.")
     trace.add_argument("file", metavar="FILE", help="a trace written by lina.trace or lina train")
-    for command in (doctor, trace):
+    simulated = commands.add_parser(
+        "simulate", allow_abbrev=False, help="step times of a model on many ranks, by simulation",
+        description="Simulates one training step of a published model with the compiled policy, under each "
+                    "schedule; docs/simulate.md says what is modelled.")
+    simulate.add_arguments(simulated)
+    profiled = commands.add_parser(
+        "profile", allow_abbrev=False, help="measure links and products, and keep the cost model",
+        description="Measures a2a and allreduce over each transport, passes over experts, products and "
+                    "copies, fits t = alpha + n * beta to each and keeps the result for "
+                    'lina.ddp(..., schedule="auto"); docs/profile.md says what is timed. Starts its own '
+                    "ranks, or joins torchrun's.")
+    profile.add_arguments(profiled)
+    for command in (doctor, simulated, trace):
         command.add_argument("--json", metavar="PATH", help="write the findings as one JSON object")
     return parser
 
@@ -54,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
-    commands: dict[str, Callable[..., int]] = {"train": _train, "doctor": _doctor, "trace": _trace}
+    commands: dict[str, Callable[..., int]] = {"train": _train, "doctor": _doctor, "trace": _trace,
+                                            "simulate": _simulate, "profile": _profile}
     try:
         return commands[command](**given)
     except KeyboardInterrupt:
@@ -99,6 +114,32 @@ def _doctor(json: str | None) -> int:
     return 0
 
 
+def _profile(**given: object) -> int:
+    from lina.profile import command
+    from lina.train import launch, options
+
+    try:
+        command.run(given)
+    except options.OptionError as error:
+        return _fail("profile", error, BAD_OPTION)
+    except (launch.RankError, OSError) as error:
+        return _fail("profile", error, FAILED)
+    return 0
+
+
+def _simulate(json: str | None, **given: Any) -> int:
+    from lina import tracefile
+    from lina.simulate import command
+
+    try:
+        found = command.run(**given)
+        if json is not None:
+            tracefile.write_json(json, found)
+    except (OSError, ValueError) as error:
+        return _fail("simulate", error, BAD_OPTION)
+    return 0
+
+
 def _trace(file: str, json: str | None) -> int:
     from lina import tracefile
 
@@ -111,12 +152,7 @@ def _trace(file: str, json: str | None) -> int:
             tracefile.write_json(json, found)
     except (OSError, ValueError) as error:
         return _fail("trace", error, BAD_OPTION)
-    print(f"{found['ranks']} ranks, {1e3 * found['seconds']:.2f} ms")
-    for track, share in found["share"].items():
-        print(f"{track:<10}{share:7.1%} of the time")
-    print(f"{'waiting':<10}{found['waiting']:7.1%} of the time: a2a or allreduce in flight, no compute")
-    if found["a2a_hidden"] is not None:
-        print(f"{'hidden':<10}{found['a2a_hidden']:7.1%} of a2a beside compute")
+    print("\n".join(tracefile.lines(found)))
     print(f"picture   {picture}")
     return 0
 

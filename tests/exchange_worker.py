@@ -152,7 +152,7 @@ def refusals(device) -> None:
     assert "differentiable once" in error_of(RuntimeError, torch.autograd.grad, grad.sum(), x)
 
 
-def same_as_plain(device, how: str) -> None:
+def same_as_plain(device, how: str, schedule: str = "plain") -> None:
     """Checkpointing (both kinds), torch.compile, a user's hook and tracing change no bit."""
     mesh, rank = lina.mesh(ep=2), dist.get_rank()
     whole = whole_net("softmax", device)
@@ -165,7 +165,7 @@ def same_as_plain(device, how: str) -> None:
             net.moe1.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=how == "reentrant")
         if changed and how == "compile":
             net.moe1.compile(backend="eager")      # eager: the same kernels, so the same bits
-        wrapped, seen = lina.ddp(net, mesh), []
+        wrapped, seen = lina.ddp(net, mesh, schedule=schedule), []
         if changed and how == "hook":
             def hook(state, bucket):
                 state.append(bucket.index())

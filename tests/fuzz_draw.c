@@ -196,15 +196,17 @@ static void draw_gate(bool backward) {
 static void draw_experts(bool backward) {
   int activation = (int)between(0, LINA_SILU);
   bool by_token = once_in(2);
+  /* Indices may be cut down to the pairs that are present. */
+  int64_t rows = once_in(2) ? N : between(offset[E], N);
   U = lina_activation_is_gated(activation) ? 2 * F : F;
   if (backward) {
-    tensor(SHAPED(x_dtype, by_token ? T : N, D));
+    tensor(SHAPED(x_dtype, by_token ? T : rows, D));
     optional(by_token ? SHAPED(sum_dtype, T, K) : NULL);
   }
   tensor(SHAPED(x_dtype, T, D));
-  if (backward) tensor(SHAPED(x_dtype, N, U));
+  if (backward) tensor(SHAPED(x_dtype, rows, U));
   tensor(contiguous_i32(1, E + 1, 1, offset));
-  tensor(contiguous_i32(1, N, 1, row_pair));
+  tensor(contiguous_i32(1, rows, 1, row_pair));
   if (backward) tensor(contiguous_i32(2, T, K, pair_row));
   tensor(SHAPED(x_dtype, E, U, D));
   if (!backward) optional(MAYBE(SHAPED(x_dtype, E, U)));

@@ -118,15 +118,15 @@ def everyone(text: str) -> list[str]:
     return said
 
 
-def parity(device, ep: str, gate: str) -> None:
+def parity(device, ep: str, gate: str, schedule: str = "plain", transport: str = "auto") -> None:
     """3 steps of SGD with momentum equal to one process's over all ranks' batches."""
-    mesh = parallel.mesh(int(ep))
+    mesh = parallel.mesh(int(ep), transport=transport)
     ref = whole_net(gate, device)
     net = spread_net(ref, gate, mesh)
     if mesh.get_coordinate()[0] != 0:         # other replicas start wrong; construction mends them
         for e in parallel.expert_parameters(net):
             nn.init.zeros_(e.param)
-    net = parallel.ddp(net, mesh)
+    net = parallel.ddp(net, mesh, schedule=schedule)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (net, ref)]
     for step in range(3):
         loss = loss_of(net, *batch(dist.get_rank(), step, next(ref.parameters())))
@@ -146,14 +146,15 @@ def parity(device, ep: str, gate: str) -> None:
         assert_same(net, ref, mesh, f"after step {step}", grads=False)
 
 
-def accumulation(device, ep: str) -> None:
+def accumulation(device, ep: str, schedule: str = "plain") -> None:
     """no_sync, then a synchronised pass, then another without zero_grad: as torch's own average.
 
     Gradients travel together in the first two passes, one by one (as large ones do) in the last.
     """
     mesh = parallel.mesh(int(ep))
     ref = whole_net("softmax", device)
-    net = parallel.ddp(spread_net(ref, "softmax", mesh), mesh, gradient_as_bucket_view=True)
+    net = parallel.ddp(spread_net(ref, "softmax", mesh), mesh, schedule=schedule,
+                       gradient_as_bucket_view=True)
     small = reduce._SMALL
     for step, context in enumerate([net.no_sync, nullcontext, nullcontext]):
         reduce._SMALL = 0 if step == 2 else small
@@ -165,12 +166,12 @@ def accumulation(device, ep: str) -> None:
     reduce._SMALL = small
 
 
-def unused(device, ep: str, static: str) -> None:
+def unused(device, ep: str, static: str, schedule: str = "plain") -> None:
     """One replica skips a layer; a layer that all skip keeps no gradient."""
     mesh = parallel.mesh(int(ep))
     ref = whole_net("topk", device)
     option = dict(static_graph=True) if static == "static" else dict(find_unused_parameters=True)
-    net = parallel.ddp(spread_net(ref, "topk", mesh), mesh, **option)
+    net = parallel.ddp(spread_net(ref, "topk", mesh), mesh, schedule=schedule, **option)
     like, world, rank = next(ref.parameters()), dist.get_world_size(), dist.get_rank()
     for step in range(2):
         # one replica alone cannot skip where it is the only one
@@ -216,13 +217,13 @@ def error_of(kind, call, *args, **kw) -> str:
     return ""
 
 
-def low_precision(device) -> None:
+def low_precision(device, schedule: str = "plain") -> None:
     """bf16 parameters, and bf16 autocast over float32 ones: as one process in the same precision."""
     ep = dist.get_world_size() // 2
     mesh, rank = parallel.mesh(ep), dist.get_rank()
     for dtype, cast in ((torch.bfloat16, False), (torch.float32, True)):
         exact = whole_net("softmax", device, torch.float32).to(dtype)
-        net = parallel.ddp(spread_net(exact, "softmax", mesh), mesh)
+        net = parallel.ddp(spread_net(exact, "softmax", mesh), mesh, schedule=schedule)
         ref = copy.deepcopy(exact)
         with torch.autocast(device.type, torch.bfloat16, enabled=cast):
             loss = loss_of(net, *batch(rank, 0, next(ref.parameters())))

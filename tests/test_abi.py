@@ -81,3 +81,52 @@ def test_every_function_is_in_this_torch():
     names = re.findall(r"\b(aoti_torch_\w+|torch_\w+)\s*,", needed)
     assert len(names) >= 20
     assert [name for name in names if not hasattr(library, name)] == []
+
+
+# ---- NCCL ----
+
+
+def nccl_folders() -> list[Path]:
+    """Include folders of NCCL's header and of CUDA's, both or none."""
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    found = []
+    for name in ("nccl.h", "cuda_runtime.h"):
+        places = [*packages.glob(f"*/include/{name}"), Path("/usr/local/cuda/include", name)]
+        found += [place.parent for place in places if place.is_file()][:1]
+    return found if len(found) == 2 else []
+
+
+needs_nccl = pytest.mark.skipif(
+    not nccl_folders() or shutil.which("g++") is None, reason="no NCCL or CUDA header, or no g++"
+)
+
+
+def compile_nccl_check(header_folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-w", f"-I{header_folder}"]
+    command += [f"-isystem{path}" for path in nccl_folders()]
+    command.append(str(ROOT / "tests" / "nccl_check.cpp"))
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@needs_nccl
+def test_declarations_agree_with_nccl():
+    done = compile_nccl_check(HEADER.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_nccl
+@pytest.mark.parametrize(
+    "right,wrong",
+    [
+        ("int dtype, int op,", "int dtype,"),
+        ("size_t count, int dtype, int peer", "int count, int dtype, int peer"),
+        ("char internal[128]", "char internal[64]"),
+        ("LINA_NCCL_BF16 = 9", "LINA_NCCL_BF16 = 10"),
+        ("unsigned magic, version", "unsigned version, magic"),
+    ],
+)
+def test_a_wrong_nccl_declaration_is_caught(tmp_path, right, wrong):
+    text = (ROOT / "csrc" / "nccl_abi.h").read_text()
+    assert right in text
+    (tmp_path / "nccl_abi.h").write_text(text.replace(right, wrong))
+    assert compile_nccl_check(tmp_path).returncode != 0

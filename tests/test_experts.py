@@ -13,6 +13,7 @@ from helpers import (
     assert_no_double_backward,
     assert_no_forward_mode,
     assert_repeatable,
+    assert_within_rounding,
     float_dtypes,
     generator,
     on_side_stream,
@@ -54,6 +55,31 @@ def test_unspecified_rows_do_not_leak(device):
         dy[3:] = float("nan")  # three pairs are present
         for got, ref in zip(torch.autograd.grad(y, leaves, dy), want, strict=True):
             assert torch.equal(got, ref)
+
+
+@pytest.mark.parametrize("chosen", [[[0, -1], [1, 3], [-1, 3]], [[-1, -1]] * 3], ids=["some", "none"])
+def test_rows_of_present_pairs_alone(device, chosen):
+    """The indices cut to the pairs that are there give what the whole ones give."""
+    for dtype in float_dtypes(device):
+        case = Case(3, 8, 8, 4, 2, dtype, device, expert=ids(*chosen))
+        v, rows = {n: t.detach() for n, t in case.low.items()}, ops.sort(case.expert, 4)
+        n = int(rows.offset_E1[-1])
+        found = []
+        for row_pair in (rows.row_pair_N, rows.row_pair_N[:n]):
+            up, down, need = (v["w_up"], v["b_up"]), (v["w_down"], v["b_down"]), ops.moe_needs(*[True] * 6)
+            y, h = torch.ops.lina.experts_fwd(
+                v["x"], rows.offset_E1, row_pair, *up, *down, 2, *OPTIONS, True
+            )
+            grads = torch.ops.lina.experts_bwd(
+                v["x"], v["weight"], v["x"], h, rows.offset_E1, row_pair, rows.pair_row_TK, up[0], *down,
+                *OPTIONS, need,
+            )  # fmt: skip
+            found.append((y[:n], h[:n], *grads))
+        assert y.shape[0] == n
+        for got, want in zip(*found, strict=True):
+            # products may be summed in another order: of 8 terms, or 2 rows; through 3 narrow values
+            scale = want.abs().max().item() if want.numel() else 0.0
+            assert_within_rounding(got, want, 3 * 8, scale=scale, inner=3)
 
 
 def test_repeatable(device):

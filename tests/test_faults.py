@@ -29,11 +29,11 @@ def fail(how: str) -> None:
     raise ValueError("this rank's own mistake")
 
 
-def faulty_training(device: torch.device, where: str, how: str) -> None:
+def faulty_training(device: torch.device, where: str, how: str, schedule: str) -> None:
     """Two good steps; in the third the victim fails between the exchanges of the first layer."""
     mesh = lina.mesh(ep=2)
     net = spread_net(whole_net("softmax", device), "softmax", mesh)
-    wrapped = lina.ddp(net, mesh)
+    wrapped = lina.ddp(net, mesh, schedule=schedule)
     for step in range(3):
         if step == 2 and dist.get_rank() == VICTIM:
             if where == "forward":
@@ -48,10 +48,11 @@ def faulty_training(device: torch.device, where: str, how: str) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("where,how", [("forward", "kill"), ("backward", "kill"), ("backward", "raise"),
-                                       ("forward", "hang")])
-def test_survivors_report(where: str, how: str) -> None:
-    scenario = f"faulty_training:{where}:{how}"
+@pytest.mark.parametrize("schedule,where,how", [
+    ("plain", "forward", "kill"), ("plain", "backward", "kill"), ("plain", "backward", "raise"),
+    ("plain", "forward", "hang"), ("lina", "forward", "kill"), ("lina", "backward", "hang")])
+def test_survivors_report(schedule: str, where: str, how: str) -> None:
+    scenario = f"faulty_training:{where}:{how}:{schedule}"
     ended = launch("test_faults", [scenario], WORLD, timeout_s=TIMEOUT_S, limit_s=START_S + 4 * TIMEOUT_S)
     said = results(ended)
     for rank, end in enumerate(ended):

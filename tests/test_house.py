@@ -22,18 +22,18 @@ OPS = sorted({m.split("_")[0] for m in re.findall(r'\{"(\w+)",', (CSRC / "regist
 C_TABLE = [
     (r"cuda/(common|mma)\.cuh", [r"(error|dtype)\.h", r"cuda/common\.cuh"]),
     (
-        r"cuda/(?P<op>[a-z]+)\w*\.cuh?",
-        [r"ops/{op}\w*\.h", r"(error|dtype)\.h", r"cuda/(common|mma|{op}\w*)\.cuh"],
+        r"cuda/(?P<op>[a-z]+)\w*\.(cuh?|h)",
+        [r"(ops|cuda)/{op}\w*\.h", r"(error|dtype)\.h", r"cuda/(common|mma|{op}\w*)\.cuh"],
     ),
     (r"ops/(?P<op>[a-z]+)\w*\.[ch]", [r"ops/{op}\w*\.h", r"(tensor|vector|error|dtype)\.h"]),
     (r"plan/\w+\.[ch]", [r"plan/\w+\.h", r"error\.h"]),
-    (r"comm/\w+\.[ch]", [r"comm/\w+\.h", r"plan/\w+\.h", r"cuda/\w+\.h", r"nccl_abi\.h", r"error\.h"]),
+    (r"comm/\w+\.[ch]", [r"comm/\w+\.h", r"plan/\w+\.h", r"cuda/\w+\.h", r"(nccl_abi|error|dtype)\.h"]),
     (r"(tensor|register)\w*\.[ch]", [r"(tensor\w*|register|torch_abi|error|dtype)\.h"]),
     (r"vector\.h", [r"tensor\.h", r"dtype\.h"]),
     (r"(torch|nccl)_abi\.[ch]", [r"(torch|nccl)_abi\.h", r"error\.h"]),
     (r"error\.[ch]", [r"error\.h"]),
     (r"dtype\.h", []),
-    (r"module\.c", [r"register\.h", r"error\.h", r"comm/\w+\.h", r"plan/\w+\.h"]),
+    (r"module\w*\.[ch]", [r"module\.h", r"register\.h", r"error\.h", r"comm/\w+\.h", r"plan/\w+\.h"]),
 ]
 # dispatch and combine also use comm (they carry tokens between ranks).
 C_EXTRA = {
@@ -51,7 +51,7 @@ def system_header_allowed(file: str, header: str) -> bool:
     if header in C_STANDARD:
         return True
     if header == "Python.h":
-        return file == "module.c"
+        return file == "module.h"
     if header == "dlfcn.h":
         return file in ("torch_abi.c", "nccl_abi.c")
     if header == "sys/mman.h":
@@ -133,10 +133,12 @@ PY_TABLE = {
     "tracing": {"tracefile"},
     "train": {"", "tracing", "tracefile", "reference"},
     "doctor": {"", "_C", "train"},
-    "cli": {"", "doctor", "train", "tracefile"},
-    "__init__": {"_C", "nn", "ops", "parallel", "swap", "tracing"},
+    "profile": {"", "_C", "parallel", "train"},
+    "simulate": {"_C"},
+    "cli": {"", "doctor", "profile", "simulate", "train", "tracefile"},
+    "__init__": {"_C", "nn", "ops", "parallel", "profile", "simulate", "swap", "tracing"},
 }
-PROGRAMS = {"cli", "doctor", "train"}  # they may reach into each other
+PROGRAMS = {"cli", "doctor", "profile", "simulate", "train"}  # they may reach into each other
 THIRD_PARTY = {  # at module level; inside a function anything in pyproject.toml's dependencies
     "tracefile": set(),
     "cli": set(),

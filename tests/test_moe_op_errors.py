@@ -72,5 +72,5 @@ def test_expert_errors():
     case = Case(**GOOD)
     for expert, error in ((case.expert.float(), TypeError), (case.expert[0], ValueError)):
         case.expert = expert
-        with pytest.raises(error, match="sort: expert_TK"):
+        with pytest.raises(error, match="moe: expert_TK"):
             case.run()

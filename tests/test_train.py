@@ -64,7 +64,7 @@ def test_run_writes_what_it_promises(run):
 def test_trace_of_a_step_has_both_ranks_and_all_tracks(run):
     ranks = tracefile.read(run / "out" / "step.json")
     assert list(ranks) == [0, 1]
-    for spans, (start, stop) in ranks.values():
+    for spans, (start, stop), _ in ranks.values():
         assert {span.track for span in spans} == {"compute", "a2a", "allreduce"}
         assert all(start <= span.start <= span.stop <= stop for span in spans)
     summary = tracefile.summary(ranks)
@@ -105,7 +105,7 @@ def test_run_on_a_gpu(text, tmp_path, precision):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["device"].startswith("cuda") and result["precision"] == precision
     assert 0 < result["held_out_bits_per_byte"] < 16
-    (spans, (start, stop)), = tracefile.read(tmp_path / "out" / "step.json").values()
+    (spans, (start, stop), _), = tracefile.read(tmp_path / "out" / "step.json").values()
     assert {"forward", "backward", "optimizer"} <= {span.name for span in spans if span.track == "compute"}
     assert all(start <= span.start <= span.stop <= stop for span in spans)
 

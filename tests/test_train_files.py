@@ -57,7 +57,7 @@ def test_last_line_json_and_balance_without_its_loss(capfd, tmp_path, text):
     assert result["tokens_per_s"] is None and "n/a tokens/s" in said
     assert result["sample"] == "def "                                   # the prompt alone
     assert len(result["expert_load_max_over_mean"]) == 1 and 1 <= result["expert_load_max_over_mean"][0] <= 4
-    (spans, _), _ = tracefile.read(out / "step.json").values()
+    (spans, *_), _ = tracefile.read(out / "step.json").values()
     assert "gradient norm" in {span.name for span in spans if span.track == "allreduce"}
 
 

@@ -79,14 +79,16 @@ static int check(const char *op, lina_experts_shape *s, const lina_tensor *x,
               "%s: k is %lld with %lld tokens, must be 1 to 1024 and their "
               "product below 2^31",
               op, (long long)s->K, (long long)s->T);
-  s->N = s->T * s->K;
+  s->N = row_pair->size[0];
+  if (s->N > s->T * s->K)
+    LINA_FAIL(LINA_EINVAL, "%s: row_pair.shape[0] is %lld, must be at most the %lld pairs", op,
+              (long long)s->N, (long long)(s->T * s->K));
   int64_t U = lina_activation_is_gated(s->activation) ? 2 * s->F : s->F;
   LINA_TRY(lina_check_size(op, "w_up", w_up, 1, U));
   LINA_TRY(lina_check_size(op, "w_up", w_up, 2, s->D));
   LINA_TRY(lina_check_size(op, "w_down", w_down, 0, s->E));
   LINA_TRY(lina_check_size(op, "w_down", w_down, 1, s->D));
   LINA_TRY(lina_check_size(op, "offset", offset, 0, s->E + 1));
-  LINA_TRY(lina_check_size(op, "row_pair", row_pair, 0, s->N));
 done:
   return rc;
 }
@@ -103,11 +105,11 @@ static int check_indices(const char *op, const lina_experts_shape *s, const lina
       return lina_error(LINA_EINVAL, "%s: offset[%lld] is %d, must rise from 0 to at most %lld", op,
                         (long long)e, o[e], (long long)s->N);
   for (int64_t r = 0; r < o[s->E]; r++)
-    if (p[r] < 0 || p[r] >= s->N)
+    if (p[r] < 0 || p[r] >= s->T * s->K)
       return lina_error(LINA_EINVAL, "%s: row_pair[%lld] is %d, must be 0 to %lld", op,
-                        (long long)r, p[r], (long long)s->N - 1);
+                        (long long)r, p[r], (long long)(s->T * s->K) - 1);
   const int32_t *q = pair_row ? pair_row->data : NULL;
-  for (int64_t i = 0; q && i < s->N; i++)
+  for (int64_t i = 0; q && i < s->T * s->K; i++)
     if (q[i] < -1 || q[i] >= o[s->E])
       return lina_error(LINA_EINVAL, "%s: pair_row[%lld] is %d, must be -1 to %d", op, (long long)i,
                         q[i], o[s->E] - 1);

@@ -38,7 +38,9 @@
  * in lina reads them. Experts without rows get zero gradients.
  * Products accumulate in float32 (float64 for f64) and round once to x's
  * dtype; activations are computed in float32 (float64).
- * Limits: 1 <= E <= 1024, 1 <= K <= 1024, T*K < 2^31, D and F at least 1. N = T*K.
+ * Limits: 1 <= E <= 1024, 1 <= K <= 1024, T*K < 2^31, D and F at least 1.
+ * offset[E] <= N <= T*K: who knows offset[E] passes the first so many of
+ * row_pair, and memory and products shrink to the pairs that are present.
  * On the CPU indices outside their range are refused; CUDA trusts lina::sort.
  * Stream: asynchronous on torch's current stream; no host read for bf16.
  * Errors: LINA_EINVAL (limits), LINA_ENOTSUP (dtype), LINA_ECUDA (launch),

@@ -171,6 +171,11 @@ done:
 
 /* ---- backward ---- */
 
+static int zeros(lina_tensor *t, int dtype, const lina_tensor *like, const int64_t size[2]) {
+  int rc = lina_empty(t, dtype, like, 2, size);
+  return rc != LINA_OK ? rc : lina_zero(t);
+}
+
 /* Everything that is wanted, as zeros: there are no rows. */
 static int no_rows(lina_experts_bwd *p) {
   const lina_experts_shape *s = &p->s;
@@ -186,16 +191,10 @@ static int no_rows(lina_experts_bwd *p) {
       LINA_TRY(lina_empty_strided(gradients[i], s->dtype, &p->x, 3, weights[i]->size, stride));
       LINA_TRY(lina_zero(gradients[i]));
     }
-  if (p->need & LINA_NEED_DX) LINA_TRY(lina_empty(&p->dx, s->dtype, &p->x, 2, dx));
-  if (p->need & LINA_NEED_DWEIGHT) LINA_TRY(lina_empty(&p->dweight, LINA_F32, &p->x, 2, dweight));
-  if (p->need & LINA_NEED_DB_UP) {
-    LINA_TRY(lina_empty(&p->db_up, s->dtype, &p->x, 2, db_up));
-    LINA_TRY(lina_zero(&p->db_up));
-  }
-  if (p->need & LINA_NEED_DB_DOWN) {
-    LINA_TRY(lina_empty(&p->db_down, s->dtype, &p->x, 2, db_down));
-    LINA_TRY(lina_zero(&p->db_down));
-  }
+  if (p->need & LINA_NEED_DX) LINA_TRY(zeros(&p->dx, s->dtype, &p->x, dx));
+  if (p->need & LINA_NEED_DWEIGHT) LINA_TRY(zeros(&p->dweight, LINA_F32, &p->x, dweight));
+  if (p->need & LINA_NEED_DB_UP) LINA_TRY(zeros(&p->db_up, s->dtype, &p->x, db_up));
+  if (p->need & LINA_NEED_DB_DOWN) LINA_TRY(zeros(&p->db_down, s->dtype, &p->x, db_down));
 done:
   return rc;
 }

@@ -68,15 +68,13 @@ class Experts(nn.Module):
         """out [T, D] = sum over k of weight[t, k] * expert_TK[t, k]'s output for token t.
 
         x_TD [T, D] in the weights' dtype (any float dtype under autocast), weight_TK [T, K] float32
-        (float64), expert_TK [T, K] int32. Raises as :func:`lina.ops.moe` and :func:`lina.parallel.dispatch`.
+        (float64), expert_TK [T, K] int32. Raises as :func:`lina.ops.moe` and :func:`lina.parallel.moe`.
         """
         options = dict(self.options, b_up=self.b_up, b_down=self.b_down)
         if self.mesh is None or self.local == self.count:
             return ops.moe(x_TD, weight_TK, expert_TK, self.w_up, self.w_down, **options)
-        x_RD, weight_RK, expert_RK, route = parallel.dispatch(
-            x_TD, weight_TK, expert_TK, self.count, self.mesh.get_group("ep"))
-        y_RD = ops.moe(x_RD, weight_RK, expert_RK, self.w_up, self.w_down, **options)
-        return parallel.collect(y_RD, route)
+        return parallel.moe(x_TD, weight_TK, expert_TK, self.w_up, self.w_down, experts=self.count,
+                            mesh=self.mesh, **options)
 
     @property
     def ep(self) -> Tensor | None:

@@ -8,8 +8,8 @@ from lina.ops.combine import combine
 from lina.ops.dtypes import FLOATS, sum_dtype
 from lina.ops.experts import ACTIVATIONS, GATED, experts
 from lina.ops.gate import Routing, balance_loss, check_gate, gate, jitter, update_bias
-from lina.ops.moe import moe
-from lina.ops.once import once
+from lina.ops.moe import moe, moe_arguments, moe_needs
+from lina.ops.once import needs_grad, once
 from lina.ops.sort import MAX_EXPERTS, Rows, sort
 
 __all__ = [
@@ -26,6 +26,9 @@ __all__ = [
     "gate",
     "jitter",
     "moe",
+    "moe_arguments",
+    "moe_needs",
+    "needs_grad",
     "once",
     "sort",
     "sum_dtype",

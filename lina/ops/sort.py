@@ -40,25 +40,30 @@ def sort(expert_TK: Tensor, experts: int) -> Rows:
         TypeError: ids of another dtype, or ``experts`` not an int.
         ValueError: an argument outside its limits.
     """
-    if not isinstance(expert_TK, Tensor):
-        raise TypeError(f"sort: expert_TK is a {type(expert_TK).__name__}, must be a Tensor")
-    if expert_TK.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"sort: expert_TK is of {expert_TK.dtype}, must be int32 or int64")
+    check_ids("sort", expert_TK)
     if not isinstance(experts, (int, torch.SymInt)):
         raise TypeError(f"sort: experts is a {type(experts).__name__}, must be an int")
     if not 1 <= experts <= MAX_EXPERTS:
         raise ValueError(f"sort: experts={experts}, limit 1..{MAX_EXPERTS}")
-    if expert_TK.dim() != 2:
-        raise ValueError(f"sort: expert_TK has {expert_TK.dim()} dimensions, must have 2: tokens, choices")
-    if not 1 <= expert_TK.shape[1] <= MAX_TOP_K:
-        raise ValueError(f"sort: expert_TK has {expert_TK.shape[1]} columns, limit 1..{MAX_TOP_K}")
-    if expert_TK.shape[0] > MAX_PAIRS // expert_TK.shape[1]:
-        raise ValueError(
-            f"sort: expert_TK has {expert_TK.shape[0]} * {expert_TK.shape[1]} pairs, limit {MAX_PAIRS}"
-        )
     if expert_TK.dtype == torch.int64:
         expert_TK = expert_TK.clamp(-1, experts).int()  # ids beyond int32 must not wrap into range
     return Rows(*torch.ops.lina.sort(expert_TK, experts))
+
+
+def check_ids(op: str, expert_TK: Tensor) -> None:
+    """Raises what ``sort`` documents of its ids."""
+    if not isinstance(expert_TK, Tensor):
+        raise TypeError(f"{op}: expert_TK is a {type(expert_TK).__name__}, must be a Tensor")
+    if expert_TK.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: expert_TK is of {expert_TK.dtype}, must be int32 or int64")
+    if expert_TK.dim() != 2:
+        raise ValueError(f"{op}: expert_TK has {expert_TK.dim()} dimensions, must have 2: tokens, choices")
+    if not 1 <= expert_TK.shape[1] <= MAX_TOP_K:
+        raise ValueError(f"{op}: expert_TK has {expert_TK.shape[1]} columns, limit 1..{MAX_TOP_K}")
+    if expert_TK.shape[0] > MAX_PAIRS // expert_TK.shape[1]:
+        raise ValueError(
+            f"{op}: expert_TK has {expert_TK.shape[0]} * {expert_TK.shape[1]} pairs, limit {MAX_PAIRS}"
+        )
 
 
 @torch.library.register_fake("lina::sort")

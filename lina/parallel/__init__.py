@@ -1,12 +1,24 @@
 """Experts spread over ranks: meshes, the exchange of tokens, data parallelism, clipping."""
 
 from lina.parallel.amp import GradScaler
+from lina.parallel.carriers import makers
 from lina.parallel.clip import clip_grad_norm_
+from lina.parallel.cost import CostModel
 from lina.parallel.ddp import DataParallel, ddp
 from lina.parallel.dispatch import Route, collect, dispatch
 from lina.parallel.experts import ExpertParameter, expert_parameters
+from lina.parallel.fsdp import fsdp
+from lina.parallel.hook import HookState, allreduce_hook
+from lina.parallel.lines import DTYPES, ExpertPass, ExpertShape, Line, Point
+from lina.parallel.machine import default_path, machine_facts
 from lina.parallel.mesh import Groups, ep_rank, ep_size, groups, local_count, mesh, shard
+from lina.parallel.nccl import Reducer
 from lina.parallel.reduce import release
+from lina.parallel.reduce_scatter import ReduceScatter
+from lina.parallel.regroup import regroup
+from lina.parallel.settings import Settings, settings
+from lina.parallel.slots import Layer
+from lina.parallel.spread import moe
 from lina.parallel.state import (
     Part,
     check_stamp,
@@ -18,8 +30,10 @@ from lina.parallel.state import (
 )
 
 __all__ = [
-    "DataParallel", "ExpertParameter", "GradScaler", "Groups", "Part", "Route", "check_stamp",
-    "clip_grad_norm_", "collect", "ddp", "dispatch", "ep_rank", "ep_size", "expert_parameters", "gather",
-    "gathered_state_dict", "gathering", "groups", "local_count", "mesh", "release", "shard",
-    "stamp_or_gather", "take_part",
+    "DTYPES", "CostModel", "DataParallel", "ExpertParameter", "ExpertPass", "ExpertShape", "GradScaler",
+    "Groups", "HookState", "Layer", "Line", "Part", "Point", "ReduceScatter", "Reducer", "Route",
+    "Settings", "allreduce_hook", "check_stamp", "clip_grad_norm_", "collect", "ddp", "default_path",
+    "dispatch", "ep_rank", "ep_size", "expert_parameters", "fsdp", "gather", "gathered_state_dict",
+    "gathering", "groups", "local_count", "machine_facts", "makers", "mesh", "moe", "regroup", "release",
+    "settings", "shard", "stamp_or_gather", "take_part",
 ]

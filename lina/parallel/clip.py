@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0,
         total = torch.linalg.vector_norm(torch.cat([parts, total[None]]), p)
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(f"clip_grad_norm_: the {p:g}-norm of the gradients is {total.item()}, not finite")
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, total)
+    for some in ([q for q in params if hasattr(q, "full_tensor") == sharded] for sharded in (False, True)):
+        torch.nn.utils.clip_grads_with_norm_(some, max_norm, total)
     return total
 
 
@@ -61,12 +63,20 @@ def _norm(some: Iterable[nn.Parameter], p: float, params: list[nn.Parameter]) ->
     wide = bool(params) and all(q.dtype == torch.float64 for q in params)
     acc = torch.float64 if wide else torch.float32
     device = params[0].device if params else torch.device("cpu")
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    by_kind: dict[tuple[torch.device, torch.dtype, Any], list[Tensor]] = {}
     for q in some:
         if q.grad is not None:
-            by_kind.setdefault((q.grad.device, q.grad.dtype), []).append(q.grad)
-    norms = [norm.to(device, acc) for (_, dtype), grads in by_kind.items()
-             for norm in torch._foreach_norm(grads, p, dtype=torch.promote_types(dtype, acc))]
+            mesh = getattr(q.grad, "device_mesh", None)        # of a DTensor: torch mixes no two
+            by_kind.setdefault((q.grad.device, q.grad.dtype, mesh), []).append(q.grad)
+    norms: list[Tensor] = []
+    for (_, dtype, mesh), grads in by_kind.items():
+        kind = torch.promote_types(dtype, acc)
+        if mesh is None:
+            norms += [norm.to(device, acc) for norm in torch._foreach_norm(grads, p, dtype=kind)]
+            continue
+        # torch 2.15 knows no dtype here; one reduction over the mesh for all
+        found: Any = torch.stack(torch._foreach_norm([g.to(kind) for g in grads], p))
+        norms.append(torch.linalg.vector_norm(found, p).full_tensor().to(device, acc))
     if not norms:
         return torch.zeros((), dtype=acc, device=device)
     return torch.linalg.vector_norm(torch.stack(norms), p)

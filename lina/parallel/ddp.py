@@ -9,16 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import get_process_group_ranks as _ranks
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook as at_once
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lina import tracing
 from lina.parallel.dispatch import eagerly
 from lina.parallel.experts import ExpertParameter, expert_parameters
+from lina.parallel.hook import HookState, allreduce_hook
 from lina.parallel.mesh import groups
 from lina.parallel.reduce import ExpertReducer
+from lina.parallel.settings import settings
 
+SCHEDULES = ("plain", "lina")
+DEFAULT_DEGREE = (3, 3)
 _IGNORED = "_ddp_params_and_buffers_to_ignore"      # torch's name
 
 
@@ -27,7 +31,13 @@ class DataParallel(DistributedDataParallel):
 
     _hook: tuple[Any, Any] | None = None       # also set by torch's constructor
 
-    def __init__(self, module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
+                 degree: tuple[int, int] | None = None, hook: HookState | None = None,
+                 **options: Any) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"ddp: schedule is {schedule!r}, must be one of {', '.join(SCHEDULES)}")
+        if degree is None and schedule != "plain":
+            degree = DEFAULT_DEGREE
         for name in ("process_group", "device_mesh"):
             if options.get(name) is not None:
                 raise ValueError(f"ddp: {name} cannot be given; the groups are those of mesh")
@@ -59,6 +69,15 @@ class DataParallel(DistributedDataParallel):
             static=self.static_graph)
         if init_sync:
             self.expert_reducer.broadcast()
+        if degree is not None:
+            for one in [mesh, *(getattr(m, "mesh", None) for m in module.modules())]:
+                if isinstance(one, DeviceMesh):
+                    settings(one).degree = degree
+        if schedule == "lina":
+            state = hook or HookState(mesh)
+            state.queue(next(module.parameters()).device)      # by all ranks together, now
+            self.register_comm_hook(state, allreduce_hook)
+            self.expert_reducer.queue = state.queue
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.expert_reducer.released:
@@ -80,7 +99,7 @@ class DataParallel(DistributedDataParallel):
     def _trace_buckets(self) -> None:
         """The reducer's own allreduce, as a hook; ranks that trace and ranks that don't go together."""
         try:
-            self.register_comm_hook(self.process_group, allreduce_hook)
+            self.register_comm_hook(self.process_group, at_once)
         except RuntimeError:                   # one of torch's built-in hooks is there: no spans
             self._hook = (None, None)
 
@@ -92,7 +111,9 @@ class DataParallel(DistributedDataParallel):
         return super().join_hook(**kwargs)
 
 
-def ddp(model: nn.Module, mesh: DeviceMesh, **options: Any) -> DataParallel:
+def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
+        degree: tuple[int, int] | None = None, hook: HookState | None = None,
+        **options: Any) -> DataParallel:
     """Wrap ``model`` so that every gradient is what DistributedDataParallel would give were all
     experts on every rank: the mean over all ranks of the mesh of each rank's gradient.
 
@@ -108,6 +129,12 @@ def ddp(model: nn.Module, mesh: DeviceMesh, **options: Any) -> DataParallel:
 
     Args:
         mesh: from :func:`lina.mesh`, or any DeviceMesh with a dimension "ep".
+        schedule: "plain": gradients are reduced as they become ready, beside the experts' all-to-alls.
+            "lina": in micro-ops that let all-to-alls pass, dense ones (:func:`allreduce_hook`,
+            which takes the place of a comm hook of your own) and those of replicated experts after them.
+        degree: expert passes of the mesh's layers, forward and backward, 1 to 8 each: rows travel while
+            others are computed. By default (3, 3) with "lina"; with "plain" what the mesh has.
+        hook: with "lina": sizes of micro-ops, compression; by default ``HookState(mesh)``.
         options: DistributedDataParallel's; ``process_group`` and ``device_mesh`` come from the mesh.
             ``no_sync``, ``find_unused_parameters``, ``static_graph``, ``gradient_as_bucket_view``,
             comm hooks and autocast work as there; ``mixed_precision`` and ``join`` do not work with
@@ -120,7 +147,7 @@ def ddp(model: nn.Module, mesh: DeviceMesh, **options: Any) -> DataParallel:
             given back its experts (:func:`lina.unswap`) since. In backward: another rank failed or
             left, within the group's timeout.
     """
-    return DataParallel(model, mesh, **options)
+    return DataParallel(model, mesh, schedule=schedule, degree=degree, hook=hook, **options)
 
 
 def _traced(state: Any, bucket):  # torch reads these annotations and wants them absent or its own
@@ -128,7 +155,8 @@ def _traced(state: Any, bucket):  # torch reads these annotations and wants them
     if not tracing.active():
         return hook(user_state, bucket)
     buffer = bucket.buffer()
-    token = tracing.begin("allreduce", f"bucket {bucket.index()}", buffer.device, bytes=buffer.nbytes)
+    token = tracing.begin("allreduce", f"bucket {bucket.index()}", buffer.device, bytes=buffer.nbytes,
+                          layer=tracing.owners(bucket.parameters()))
 
     def done(future: Any) -> Any:
         tracing.end(token)

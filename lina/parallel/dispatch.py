@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import ops, tracing
+from lina.parallel.transport import failure, gate
 
 _AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients")
 
@@ -155,9 +156,9 @@ class _Dispatch(torch.autograd.Function):
                 route: Route) -> tuple[Tensor, Tensor, Tensor]:
         ctx.route, ctx.dtypes = route, (x_TD.dtype, weight_TK.dtype)
         ctx.widths = (x_TD.shape[1], weight_TK.shape[1])
-        packed_TB = _pack(x_TD, weight_TK, expert_TK)
+        packed_TB = pack(x_TD, weight_TK, expert_TK)
         packed_RB = _exchange("dispatch", packed_TB.index_select(0, route.token_S), route, out=True)
-        x_RD, weight_RK, expert_RK = _unpack(packed_RB, (*ctx.widths, expert_TK.shape[1]),
+        x_RD, weight_RK, expert_RK = unpack(packed_RB, (*ctx.widths, expert_TK.shape[1]),
                                              (*ctx.dtypes, torch.int32))
         local = experts // route.group.size()
         expert_RK -= route.group.rank() * local
@@ -170,8 +171,8 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, saved: Any, dx_RD: Tensor, dweight_RK: Tensor,
                  dexpert_RK: None) -> tuple[Tensor | None, ...]:
         route = ctx.route
-        packed_SB = _exchange("dispatch backward", _pack(dx_RD, dweight_RK), route, out=False)
-        dx_SD, dweight_SK = _unpack(packed_SB, ctx.widths, ctx.dtypes)
+        packed_SB = _exchange("dispatch backward", pack(dx_RD, dweight_RK), route, out=False)
+        dx_SD, dweight_SK = unpack(packed_SB, ctx.widths, ctx.dtypes)
         dx_TD = ops.combine(dx_SD, route.rows)
         if not dweight_SK.shape[0]:
             return dx_TD, dweight_SK.new_zeros(route.row_TK.shape), None, None, None
@@ -200,26 +201,26 @@ def _exchange(name: str, rows: Tensor, route: Route, *, out: bool) -> Tensor:
     result = rows.new_empty(sum(receive), rows.shape[1])
     width = rows.shape[1] * rows.element_size()
     with tracing.span("a2a", name, bytes=rows.nbytes):
-        _all_to_all(name, _bytes(result), _bytes(rows), [n * width for n in receive],
+        _all_to_all(name, raw(result), raw(rows), [n * width for n in receive],
                     [n * width for n in send], route.group)
     return result
 
 
-def _bytes(rows: Tensor) -> Tensor:
+def raw(rows: Tensor) -> Tensor:
+    """The same memory as bytes of one dimension."""
     return rows.contiguous().view(-1).view(torch.uint8)
 
 
 def _all_to_all(name: str, out: Tensor, inp: Tensor, out_splits: list[int] | None,
                 in_splits: list[int] | None, group: dist.ProcessGroup) -> None:
     try:
-        dist.all_to_all_single(out, inp, out_splits, in_splits, group=group)
+        with gate:
+            dist.all_to_all_single(out, inp, out_splits, in_splits, group=group)
     except RuntimeError as error:
-        ranks = dist.get_process_group_ranks(group)
-        raise RuntimeError(f"{name}: the exchange among ranks {ranks} failed on rank {dist.get_rank()}; "
-                           f"another rank has stopped, or hangs: {error}") from error
+        raise failure(name, group, error) from error
 
 
-def _pack(*parts: Tensor) -> Tensor:
+def pack(*parts: Tensor) -> Tensor:
     """Rows side by side, in the widest integers that fit all parts' rows."""
     widths = [part.shape[1] * part.element_size() for part in parts]
     size, dtype = (4, torch.int32) if all(w % 4 == 0 for w in widths) else (1, torch.uint8)
@@ -227,8 +228,8 @@ def _pack(*parts: Tensor) -> Tensor:
                       for part, w in zip(parts, widths, strict=True)], 1)
 
 
-def _unpack(packed: Tensor, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """The parts of ``_pack``, each in memory of its own (a slice may not be aligned)."""
+def unpack(packed: Tensor, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """The parts of ``pack``, each in memory of its own (a slice may not be aligned)."""
     columns = [w * dtype.itemsize // packed.element_size() for w, dtype in zip(widths, dtypes, strict=True)]
     return [part.clone(memory_format=torch.contiguous_format).view(-1).view(dtype).view(packed.shape[0], w)
             for part, w, dtype in zip(packed.split(columns, 1), widths, dtypes, strict=True)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import dataclasses
+import time
 import weakref
 from datetime import timedelta
 from typing import NamedTuple
@@ -10,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from lina.parallel.settings import Settings, settings
 
 
 class Groups(NamedTuple):
@@ -20,7 +25,8 @@ class Groups(NamedTuple):
     world: dist.ProcessGroup       # all ranks of the mesh: they hold the same dense parameters
 
 
-def mesh(ep: int, *, device_type: str | None = None) -> DeviceMesh:
+def mesh(ep: int, *, device_type: str | None = None, transport: str = "auto",
+         tokens: int | None = None, cap_bytes: int | None = None) -> DeviceMesh:
     """A DeviceMesh ("dp", "ep") of shape (world / ep, ep) over the default process group.
 
     Experts are spread over ``ep`` ranks and replicated world / ep times: rank r has coordinates
@@ -32,26 +38,37 @@ def mesh(ep: int, *, device_type: str | None = None) -> DeviceMesh:
     Args:
         ep: number of ranks one copy of the experts is spread over.
         device_type: "cuda" or "cpu"; by default what the default group's backend serves.
+        transport: what carries the tokens of layers spread over the mesh: "c10d" (torch.distributed),
+            "nccl" (communicators of lina's own), "p2p" (stores to the memory of GPUs nearby), or "auto".
+            May be changed later: ``lina.parallel.settings(mesh)``.
+        tokens, cap_bytes: "p2p" alone: the most tokens any rank will have, by default those of a layer's
+            first call; the limit on a rank's receive buffer.
 
     Raises:
         RuntimeError: there is no default process group.
-        ValueError: ``ep`` does not divide the number of ranks; on every rank.
+        ValueError: ``ep`` does not divide the number of ranks, or another argument is outside its limits;
+            on every rank.
     """
     if not dist.is_initialized():
         raise RuntimeError("mesh: no process group; call torch.distributed.init_process_group first")
     world, everyone = dist.get_world_size(), _world()
     if ep < 1 or world % ep:
         raise ValueError(f"mesh: ep is {ep}, must divide the {world} ranks of the default process group")
+    chosen = Settings(transport, tokens=tokens, cap_bytes=cap_bytes)
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     ranks_DE = torch.arange(world).view(world // ep, ep)
     timeout = _timeout(everyone)
     groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
               for ranks in (ranks_DE.T, ranks_DE)]
-    return DeviceMesh.from_group(groups, device_type, mesh=ranks_DE, mesh_dim_names=("dp", "ep"))
+    made = DeviceMesh.from_group(groups, device_type, mesh=ranks_DE, mesh_dim_names=("dp", "ep"))
+    for field in dataclasses.fields(chosen):
+        setattr(settings(made), field.name, getattr(chosen, field.name))
+    return made
 
 
-_cache: weakref.WeakKeyDictionary[DeviceMesh, Groups] = weakref.WeakKeyDictionary()
+# By id: an equal mesh made before has groups of its own, and may be alive on some ranks only.
+_cache: dict[int, Groups] = {}
 
 
 def groups(mesh: DeviceMesh) -> Groups:
@@ -64,7 +81,7 @@ def groups(mesh: DeviceMesh) -> Groups:
     Raises:
         ValueError: no dimension "ep", or this rank is not in the mesh.
     """
-    found = _cache.get(mesh)
+    found = _cache.get(id(mesh))
     if found is not None and found.world.size() == mesh.size() and _alive(found.world):
         return found
     names = mesh.mesh_dim_names or ()
@@ -80,7 +97,8 @@ def groups(mesh: DeviceMesh) -> Groups:
         replicas = mesh.get_group(others[0])
     else:
         replicas = _group(mesh.mesh.select(dim, coordinate[dim]), ep)
-    found = _cache[mesh] = Groups(ep, replicas, _group(mesh.mesh, ep))
+    found = _cache[id(mesh)] = Groups(ep, replicas, _group(mesh.mesh, ep))
+    weakref.finalize(mesh, _cache.pop, id(mesh), None)
     return found
 
 
@@ -140,3 +158,11 @@ def shard(weight_E: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's experts of a tensor [E, ...] that holds all of them: [E / ep, ...], a view."""
     local = local_count(weight_E.shape[0], mesh)
     return weight_E.narrow(0, ep_rank(mesh) * local, local)
+
+
+@atexit.register
+def _let_threads_finish() -> None:
+    """A thread of gloo's may be about to release the tensors of the last collective, for which it
+    needs the interpreter; once that is going down, the process would abort instead."""
+    if len(_cache):
+        time.sleep(0.02)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lina import tracing
 from lina.parallel.experts import ExpertParameter
+from lina.parallel.queue import Queue
 
 _SMALL = 1 << 20     # gradients of fewer bytes travel together, larger ones in place
 
@@ -50,6 +51,8 @@ class ExpertReducer:
         self._used: dict[dist.ProcessGroup, list[bool]] = {}
         self._backward = -1
         self.released = False          # by release(), for good
+        # What carries gradients on a device: micro-ops that let all-to-alls pass; None: at once.
+        self.queue: Callable[[torch.device], Queue] | None = None
         _reducers.add(self)
         for expert in experts:
             if expert.param.requires_grad:
@@ -90,7 +93,9 @@ class ExpertReducer:
         for group, params in self.by_replicas.items():
             params = [p for p in params if p.requires_grad]
             if group.size() > 1 and params:
-                with tracing.span("allreduce", "experts", device=params[0].device):
+                size = sum(p.nbytes for p in params if p.grad is not None or not self.may_be_unused)
+                with tracing.span("allreduce", "experts", device=params[0].device, bytes=size,
+                                  layer=tracing.owners(params)):
                     self._reduce(group, params)
 
     def _reduce(self, group: dist.ProcessGroup, params: list[torch.nn.Parameter]) -> None:
@@ -120,6 +125,8 @@ class ExpertReducer:
             torch._foreach_copy_([to for to, _ in finish], [done for _, done in finish])
 
     def _average(self, flat: Tensor, group: dist.ProcessGroup) -> Any:
+        if self.queue is not None:
+            return self.queue(flat.device).submit(flat, "experts", group=group)
         flat.div_(group.size())             # before the sum, as DistributedDataParallel does
         return dist.all_reduce(flat, group=group, async_op=True)
 

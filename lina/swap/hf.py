@@ -65,6 +65,18 @@ class StackedExperts(Shell):
         for name in self.lina_form.names():
             _renew(getattr(self, name), parallel.gather(getattr(self, name), mesh))
 
+    def regroup_layer(self) -> parallel.Layer:
+        """What lina.regroup moves, and whom it tells."""
+        slots = {name: [getattr(self, name)] for name in self.lina_form.names()}
+        return parallel.Layer(self, slots, self.lina_place)
+
+    def lina_place(self, mesh: DeviceMesh, first: int, local: int) -> None:
+        """``local`` experts, from ``first`` on, are here now."""
+        self.mesh, self.local, self.lina_first = mesh, local, first
+
+    def lina_leave(self) -> None:
+        parallel.release(self.parameters())            # lina.regroup may have made them whole
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         parallel.stamp_or_gather(destination, prefix, self.lina_form.names(), STAMP, self.lina_part(),

@@ -54,6 +54,7 @@ class LoopBlock(Shell):
         self.lina_joined = tuple(joined)
 
     def lina_leave(self) -> None:
+        parallel.release(self.experts.parameters())    # lina.regroup may have made them whole
         del self.lina_joined
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -76,19 +77,49 @@ class LoopBlock(Shell):
         self.lina_ready()
 
     def lina_spread(self, first: int) -> None:
-        experts = self.experts
-        experts.whole = whole = tuple(experts._modules.items())     # in a tuple: not registered as children
-        mine = [child for _, child in whole[first:first + experts.local]]
-        experts._modules.clear()
-        # Numbered from 0 on every rank, as lina.ddp wants the same names everywhere.
-        experts._modules.update((str(i), child) for i, child in enumerate(mine))
-        for e, (_, child) in enumerate(whole):
-            for p in child.parameters():
+        local = self.experts.local
+        for e, linears in enumerate(parts(self.experts, self.lina_form.linears)):
+            for p in _params(linears).values():
                 p.grad = None
-                if not first <= e < first + experts.local:
+                if not first <= e < first + local:
                     p.data = p.new_empty(0)
+        self._keep(self._whole(), first)
+
+    def _whole(self) -> tuple[tuple[str, Any], ...]:
+        """Names and modules of all experts, of which some may hold nothing here."""
+        return getattr(self.experts, "whole", None) or tuple(self.experts._modules.items())
+
+    def _keep(self, whole: tuple[tuple[str, Any], ...], first: int) -> None:
+        """Make ``local`` of all experts, from ``first`` on, the children of the list."""
+        experts = self.experts
+        experts._modules.clear()
+        if experts.local == experts.count:
+            experts._modules.update(whole)
+            return
+        experts.whole = whole          # in a tuple: not registered as children
+        # Numbered from 0 on every rank, as lina.ddp wants the same names everywhere.
+        mine = whole[first:first + experts.local]
+        experts._modules.update((str(i), child) for i, (_, child) in enumerate(mine))
         for linear in self._linears():      # marked, for they hold the Parameters
             mark(linear, experts.count, experts.local, experts.mesh)
+
+    def regroup_layer(self) -> parallel.Layer:
+        """What lina.regroup moves, and whom it tells."""
+        rows = [_params({name: child._modules[name] for name in self.lina_form.linears})
+                for _, child in self._whole()]
+        return parallel.Layer(self.experts, {key: [row[key] for row in rows] for key in rows[0]},
+                              self.lina_place)
+
+    def lina_place(self, mesh: DeviceMesh, first: int, local: int) -> None:
+        """``local`` experts, from ``first`` on, are here now."""
+        whole = self._whole()
+        if "whole" in vars(self.experts):
+            for linear in self._linears():
+                unmark(linear)
+            del self.experts.whole
+        self.experts.mesh, self.experts.local, self.lina_first = mesh, local, first
+        self._keep(whole, first)
+        self.lina_ready()
 
     def lina_gather(self, mesh: DeviceMesh) -> None:
         experts, names = self.experts, self.lina_form.linears
@@ -148,6 +179,12 @@ class LoopBlock(Shell):
 def parts(experts: Any, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Each expert's nn.Linear by name."""
     return [{name: expert._modules[name] for name in names} for expert in experts.children()]
+
+
+def _params(linears: dict[str, Any]) -> dict[str, Any]:
+    """One expert's Parameters, by their names in it."""
+    return {f"{name}.{kind}": getattr(linear, kind) for name, linear in linears.items() for kind in KINDS
+            if getattr(linear, kind) is not None}
 
 
 def _numbered(state: dict[str, Any], prefix: str) -> dict[str, tuple[int, str]]:

@@ -137,7 +137,5 @@ def run(experts: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: 
     expert_TK = expert_TK.to(torch.int32)
     if experts.local == experts.count:
         return ops.moe(x_TD, weight_TK, expert_TK, w_up, w_down, **options).to(x_TD.dtype)
-    x_RD, weight_RK, expert_RK, route = parallel.dispatch(
-        x_TD, weight_TK, expert_TK, experts.count, parallel.groups(experts.mesh).ep)
-    y_RD = ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options)
-    return parallel.collect(y_RD, route).to(x_TD.dtype)
+    return parallel.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts.count, mesh=experts.mesh,
+                        **options).to(x_TD.dtype)

@@ -116,7 +116,8 @@ class _Steps:
     def _traced_step(self) -> tuple[Tensor, Tensor]:
         """Each one replaces step.json, which so shows a step late in the run."""
         trainer = self.trainer
-        with tracing.trace(Path(trainer.o.out) / "step.json", device=trainer.device) as recorder:
+        path = Path(trainer.o.out) / "step.json"
+        with tracing.trace(path, model=trainer.net, device=trainer.device) as recorder:
             result = trainer.train_step()
         totals = recorder.totals()
         now = (totals["a2a"], totals["allreduce"], recorder.waiting(), recorder.seconds())

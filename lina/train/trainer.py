@@ -52,7 +52,8 @@ class Trainer:
         _same_everywhere(self.corpus)
         self.mesh = lina.mesh(ep=o.ep or 1)
         self.net = Transformer(o, self.mesh).to(device)
-        self.model = lina.ddp(self.net, self.mesh, **{SYNC_BUFFERS: False})      # they are constants
+        options: dict[str, Any] = {SYNC_BUFFERS: False}                          # they are constants
+        self.model = lina.ddp(self.net, self.mesh, **options)
         if not o.balance_coef:          # the routers then keep no statistics themselves
             for router in self._routers():
                 router.register_forward_hook(_count)

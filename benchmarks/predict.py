@@ -1,0 +1,119 @@
+"""The step that lina.simulate predicts for a model of models.py, from what this machine's parts cost.
+
+Links and passes over experts are the lines of `lina profile` (the saved ones, if they hold this model's
+experts, else measured now). The dense part and the optimizer are timed here, each alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from models import GPT, NoExperts, Preset
+from multi import Clock, attempt, say
+from torch.distributed.device_mesh import DeviceMesh
+
+import lina
+from lina import parallel, simulate
+from lina.parallel import CostModel, ExpertShape
+from lina.simulate import models as published
+
+
+class Dense(NamedTuple):
+    """Seconds forward and backward, routers included, experts and exchanges left out."""
+
+    body: tuple[float, float]
+    head: tuple[float, float]
+
+
+def shape_of(p: Preset, mesh: DeviceMesh, dtype: torch.dtype) -> ExpertShape:
+    local, kind = parallel.local_count(p.experts, mesh), str(dtype).removeprefix("torch.")
+    return ExpertShape(p.dim, p.ffn_dim, local, kind, p.activation)
+
+
+def cost_model(p: Preset, mesh: DeviceMesh, dtype: torch.dtype, *, save: bool, budget_s: float) -> CostModel:
+    """Collective. ``save``: where lina finds it."""
+    shape, loaded = shape_of(p, mesh, dtype), []
+
+    def load() -> None:
+        loaded.append(CostModel.load())
+        if shape not in [e.shape for e in loaded[0].experts]:
+            raise ValueError(f"the saved cost model has no {shape}")
+
+    why = attempt(load)
+    if why is None:
+        return loaded[0]
+    say(f"profiling first ({why})")
+    found = lina.profile(mesh, budget_s=budget_s, shapes=[shape])
+    if save:
+        found.save()
+    say(found.describe())
+    return found
+
+
+def dense_part(p: Preset, mesh: DeviceMesh, clock: Clock, dtype: torch.dtype,
+               batch: tuple[torch.Tensor, torch.Tensor]) -> Dense:
+    model = GPT(p, mesh, clock.device, dtype)
+    for block in model.blocks:
+        block.moe = NoExperts(block.moe)
+    held: dict[str, torch.Tensor] = {}
+
+    def body() -> None:
+        held["x"] = model.body(batch[0])
+
+    def head() -> None:
+        held["loss"] = model.head(held["x"], batch[1])
+
+    def backward() -> None:
+        held["loss"].backward()
+
+    def clear() -> None:
+        held.clear()
+        model.zero_grad(set_to_none=True)
+
+    def leaf() -> None:
+        clear()
+        held["x"] = torch.randn(*batch[0].shape, p.dim, device=clock.device, dtype=dtype, requires_grad=True)
+
+    whole = [t.median for t in clock.stages([body, head, backward], clear)]
+    top = [t.median for t in clock.stages([head, backward], leaf)]
+    return Dense((whole[0], max(0.0, whole[2] - top[1])), (top[0], top[1]))
+
+
+def _nbytes(module: torch.nn.Module) -> tuple[int, ...]:
+    return tuple(q.nbytes for name, q in module.named_parameters() if ".experts." not in name)
+
+
+def step_s(model: GPT, p: Preset, mesh: DeviceMesh, cost: CostModel, dense: Dense, optimizer_s: float,
+           name: str, degree: tuple[int, int], tokens: int) -> float | None:
+    """Seconds of a step of design ``name`` (bench_step.py's); None where its links were not measured."""
+    groups = parallel.groups(mesh)
+    world, ep = groups.world.size(), groups.ep.size()
+    transport = "c10d" if name == "plain" else name
+    reducer = "c10d" if transport == "c10d" else "nccl"
+    a2a, reduce = cost.links.get(("a2a", transport)), cost.links.get(("allreduce", reducer))
+    if a2a is None or reduce is None:
+        return None
+    weight = model.blocks[0].qkv.weight
+    passes = cost.expert_pass(shape_of(p, mesh, weight.dtype))
+    rows, wide = tokens * p.top_k, p.dim * weight.element_size()
+    sent = tokens * published.copies(p.experts, p.top_k, ep)
+    experts = simulate.Experts(
+        pass_s=((passes.forward.alpha_s, passes.forward.beta_s),
+                (passes.backward.alpha_s, passes.backward.beta_s)),
+        own_rows=rows / ep, remote_rows=rows - rows / ep,
+        dispatch_bytes=(sent * (wide + 8 * p.top_k), sent * wide),
+        return_bytes=(sent * wide, sent * (wide + 4 * p.top_k)),
+        grad_bytes=sum(q.nbytes for q in model.blocks[0].moe.experts.parameters()))
+    seconds = dense.body[0] / p.layers, dense.body[1] / p.layers
+    first = (model.embed.weight.nbytes, *([] if model.place is None else [model.place.nbytes]))
+    layers = [simulate.Layer("embedding", (0.0, 0.0), first)]
+    layers += [simulate.Layer(f"layer {i}", seconds, _nbytes(block), experts)
+               for i, block in enumerate(model.blocks)]
+    layers.append(simulate.Layer("head", dense.head, (*_nbytes(model.norm), *_nbytes(model.unembed))))
+    near, across = (a2a.alpha_s, a2a.beta_s), (reduce.alpha_s, reduce.beta_s)
+    links = simulate.Links(world, (near, near), (across, across), share=1 / 2.17)
+    plain = name == "plain"
+    return simulate.step(layers, world, ep, links, "plain" if plain else "lina", unit=256,
+                         degrees=(1, 1) if plain else degree, micro_op_s=0.5e-3, experts_last=True,
+                         optimizer_s=optimizer_s).step_s

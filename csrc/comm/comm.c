@@ -1,0 +1,213 @@
+#define _GNU_SOURCE
+#include "comm.h"
+
+#include "../error.h"
+
+#if LINA_CUDA
+#include <cuda_runtime_api.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "../nccl_abi.h"
+#include "comm_private.h"
+#include "memop.h"
+#include "priority.h"
+#include "watch.h"
+
+static lina_comm *all;                                   /* live communicators */
+static pthread_mutex_t list = PTHREAD_MUTEX_INITIALIZER;
+
+/* ---- failure ---- */
+
+static void *abort_comm(void *nccl) {
+  (void)lina_nccl.ncclCommAbort(nccl);
+  return NULL;
+}
+
+/* On a thread of its own: NCCL frees pinned memory once its own kernels have ended,
+ * for which CUDA waits for all kernels, those of other communicators that are still
+ * to be aborted among them. */
+static void abort_apart(lina_comm *c) {
+  pthread_t thread;
+  if (!c->nccl) return;
+  if (pthread_create(&thread, NULL, abort_comm, c->nccl) == 0) (void)pthread_detach(thread);
+  c->nccl = NULL;
+}
+
+/* Keeps the first reason; aborting tells the kernels in flight to end. */
+static void fail(lina_comm *c, const char *reason) {
+  if (atomic_load(&c->failed)) return;
+  (void)lina_error(LINA_EPEER, "%s: rank %d of %d: %s", c->options.name, c->options.rank,
+                   c->options.size, reason);
+  strncpy(c->reason, lina_error_text(), sizeof c->reason - 1);
+  atomic_store(&c->failed, true);
+  lina_priority_watch(lina_watch_now(), true); /* no stream may wait while NCCL ends its kernels */
+  abort_apart(c);
+}
+
+int lina_comm_check(lina_comm *c) {
+  return atomic_load(&c->failed) ? lina_error(LINA_EPEER, "%s", c->reason) : LINA_OK;
+}
+
+/* Waits, `c` being locked, until NCCL has done on the host what it was asked to. */
+static int settle(lina_comm *c, int code) {
+  const struct timespec nap = {0, 20000};
+  double start = lina_watch_now();
+  while (code == LINA_NCCL_IN_PROGRESS) {
+    if (lina_nccl.ncclCommGetAsyncError(c->nccl, &code) != LINA_NCCL_SUCCESS) code = 3;
+    if (code != LINA_NCCL_IN_PROGRESS) break;
+    if (lina_watch_now() - start > c->options.timeout_s) {
+      fail(c, "the other ranks did not answer in time; one has stopped, or hangs");
+      return lina_comm_check(c);
+    }
+    nanosleep(&nap, NULL);
+  }
+  if (code == LINA_NCCL_SUCCESS) return LINA_OK;
+  char text[400];
+  snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(code),
+           c->nccl ? lina_nccl.ncclGetLastError(c->nccl) : "");
+  fail(c, text);
+  return lina_comm_check(c);
+}
+
+/* ---- life ---- */
+
+int lina_comm_id(char id[LINA_COMM_ID_BYTES]) {
+  int rc = lina_nccl_load();
+  if (rc != LINA_OK) return rc;
+  int code = lina_nccl.ncclGetUniqueId((lina_nccl_id *)id);
+  if (code == LINA_NCCL_SUCCESS) return LINA_OK;
+  return lina_error(LINA_ENCCL, "comm: no id: %s", lina_nccl.ncclGetErrorString(code));
+}
+
+static int open(lina_comm *c, const char id[LINA_COMM_ID_BYTES]) {
+  lina_nccl_config config = LINA_NCCL_CONFIG;
+  lina_nccl_id unique;
+  int current = 0, rc;
+  memcpy(&unique, id, sizeof unique);
+  config.blocking = 0;
+  if (c->options.max_ctas > 0) config.max_ctas = c->options.max_ctas;
+  if (cudaGetDevice(&current) != cudaSuccess || cudaSetDevice(c->options.device) != cudaSuccess)
+    return lina_error(LINA_ECUDA, "%s: no device %d", c->options.name, c->options.device);
+  LINA_TRY(lina_memop_word(c->options.device, &c->done, &c->done_on_device));
+  rc = settle(c, lina_nccl.ncclCommInitRankConfig(&c->nccl, c->options.size, unique,
+                                                  c->options.rank, &config));
+done:
+  (void)cudaSetDevice(current);
+  return rc;
+}
+
+int lina_comm_create(lina_comm **out, const lina_comm_options *options,
+                     const char id[LINA_COMM_ID_BYTES]) {
+  *out = NULL;
+  if (options->size < 1 || options->rank < 0 || options->rank >= options->size)
+    return lina_error(LINA_EINVAL, "%s: rank=%d, size=%d; 0 <= rank < size needed", options->name,
+                      options->rank, options->size);
+  if (!(options->timeout_s > 0))
+    return lina_error(LINA_EINVAL, "%s: timeout_s=%g, must be above 0", options->name,
+                      options->timeout_s);
+  int rc = lina_nccl_load();
+  if (rc == LINA_OK) rc = lina_memop_load();
+  if (rc == LINA_OK) rc = lina_watch_start();
+  if (rc != LINA_OK) return rc;
+  lina_comm *c = calloc(1, sizeof *c);
+  if (!c) return lina_error(LINA_ENOMEM, "%s: no memory", options->name);
+  c->options = *options;
+  pthread_mutex_init(&c->lock, NULL);
+  rc = open(c, id);
+  if (rc != LINA_OK) {
+    lina_comm_free(c);
+    return rc;
+  }
+  c->progress_s = lina_watch_now();
+  pthread_mutex_lock(&list);
+  c->next = all, all = c;
+  pthread_mutex_unlock(&list);
+  *out = c;
+  return LINA_OK;
+}
+
+void lina_comm_free(lina_comm *c) {
+  if (!c) return;
+  pthread_mutex_lock(&list);
+  for (lina_comm **at = &all; *at; at = &(*at)->next)
+    if (*at == c) {
+      *at = c->next;
+      break;
+    }
+  pthread_mutex_unlock(&list);
+  abort_apart(c); /* the word stays: a stream may still write it */
+  pthread_mutex_destroy(&c->lock);
+  free(c);
+}
+
+/* ---- operations: locked, taken over and counted alike ---- */
+
+int lina_comm_begin(lina_comm *c) {
+  pthread_mutex_lock(&c->lock);
+  int rc = lina_comm_check(c);
+  if (rc != LINA_OK) pthread_mutex_unlock(&c->lock);
+  return rc;
+}
+
+void lina_comm_end(lina_comm *c) { pthread_mutex_unlock(&c->lock); }
+
+int lina_comm_took(lina_comm *c, int code, void *stream) {
+  enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  int rc = settle(c, code);
+  if (rc != LINA_OK) return rc;
+  if (cudaStreamIsCapturing((cudaStream_t)stream, &capture) != cudaSuccess)
+    return lina_error(LINA_ECUDA, "%s: not a stream of device %d", c->options.name,
+                      c->options.device);
+  if (capture != cudaStreamCaptureStatusNone) return LINA_OK; /* a replay could not count on */
+  uint32_t count = atomic_load(&c->issued) + 1;
+  rc = lina_memop_write(stream, c->done_on_device, count);
+  if (rc == LINA_OK) atomic_store(&c->issued, count);
+  return rc;
+}
+
+/* ---- the watch ---- */
+
+static void watch_one(lina_comm *c, double now_s) {
+  int state = LINA_NCCL_SUCCESS;
+  uint32_t done = *c->done;
+  bool idle = done == atomic_load(&c->issued);
+  if (atomic_load(&c->failed)) return;
+  if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;
+  /* NCCL's own state is asked for only while something is outstanding for long. */
+  if (now_s - c->progress_s < 0.5 || pthread_mutex_trylock(&c->lock) != 0) return;
+  if (c->nccl && lina_nccl.ncclCommGetAsyncError(c->nccl, &state) != LINA_NCCL_SUCCESS) state = 3;
+  if (state != LINA_NCCL_SUCCESS && state != LINA_NCCL_IN_PROGRESS) {
+    char text[400];
+    snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(state),
+             lina_nccl.ncclGetLastError(c->nccl));
+    fail(c, text);
+  } else if (now_s - c->progress_s > c->options.timeout_s) {
+    char text[160];
+    snprintf(text, sizeof text, "no progress for %.0f s; another rank has stopped, or hangs",
+             c->options.timeout_s);
+    fail(c, text);
+  }
+  pthread_mutex_unlock(&c->lock);
+}
+
+void lina_comm_watch(double now_s) {
+  pthread_mutex_lock(&list);
+  for (lina_comm *c = all; c; c = c->next) watch_one(c, now_s);
+  pthread_mutex_unlock(&list);
+}
+#else
+static int none(void) { return lina_error(LINA_ENOTSUP, "comm: lina is built without CUDA"); }
+int lina_comm_id(char id[LINA_COMM_ID_BYTES]) { return (void)id, none(); }
+int lina_comm_create(lina_comm **out, const lina_comm_options *options,
+                     const char id[LINA_COMM_ID_BYTES]) {
+  (void)options, (void)id;
+  *out = 0;
+  return none();
+}
+void lina_comm_free(lina_comm *c) { (void)c; }
+int lina_comm_check(lina_comm *c) { return (void)c, none(); }
+void lina_comm_watch(double now_s) { (void)now_s; }
+#endif

@@ -1,0 +1,298 @@
+/* Mapped buffers of peers: lifetime, order of streams, errors. Contract: peers.h. */
+#include "peers.h"
+
+#include <stddef.h>
+
+#if LINA_CUDA
+
+#include <cuda_runtime_api.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct lina_peers {
+  lina_peers_links links;
+  int device, stopped;
+  bool closed;                           /* nobody has this rank's buffer mapped any more */
+  int64_t out_bytes, back_bytes, tokens;
+  double timeout_s;
+  void *own, *mapped[LINA_PEERS_MAX];
+  cudaIpcMemHandle_t handle;
+  lina_peers_word *word;                 /* the host's address of links.word */
+  void *last;                            /* stream of the last call outside a capture */
+  bool used;
+  cudaEvent_t order;
+};
+
+_Static_assert(sizeof(cudaIpcMemHandle_t) == LINA_PEERS_HANDLE, "an export is one CUDA IPC handle");
+
+static int cuda(cudaError_t rc, const char *what) {
+  if (rc == cudaSuccess) return LINA_OK;
+  (void)cudaGetLastError();              /* or a later launch would report it */
+  return lina_error(rc == cudaErrorMemoryAllocation ? LINA_ENOMEM : LINA_ECUDA, "p2p: %s: %s", what,
+                    cudaGetErrorString(rc));
+}
+
+static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
+                    int64_t tokens, double timeout_s, int sms) {
+  lina_peers *p = NULL;
+  int rc;
+  *out = NULL;
+  if (ep < 2 || ep > LINA_PEERS_MAX || rank < 0 || rank >= ep)
+    LINA_FAIL(LINA_EINVAL, "p2p: rank %d of %d ranks, limit 2..%d", rank, ep, LINA_PEERS_MAX);
+  if (tokens < 1 || tokens >= LINA_PEERS_MAX_C || out_bytes < 0 || back_bytes < 0)
+    LINA_FAIL(LINA_EINVAL, "p2p: tokens=%lld a rank, limit 1..%d", (long long)tokens,
+              LINA_PEERS_MAX_C - 1);
+  if (!(timeout_s > 0 && timeout_s < 1e8))
+    LINA_FAIL(LINA_EINVAL, "p2p: timeout_s=%g, must be above 0", timeout_s);
+  p = calloc(1, sizeof *p);
+  if (!p) LINA_FAIL(LINA_ENOMEM, "p2p: no memory");
+  LINA_TRY(cuda(cudaGetDevice(&p->device), "device"));
+  int all = 0;
+  LINA_TRY(cuda(cudaDeviceGetAttribute(&all, cudaDevAttrMultiProcessorCount, p->device), "SMs"));
+  if (sms < 0 || sms > all) LINA_FAIL(LINA_EINVAL, "p2p: sms=%d, the GPU has %d", sms, all);
+  if (sms == 0) sms = all < 4 ? 1 : all / 4 * 3;
+  p->out_bytes = round_up(out_bytes, 256);
+  p->back_bytes = round_up(back_bytes, 256);
+  p->tokens = tokens;
+  p->timeout_s = timeout_s;
+  /* whole pages of the driver's: an export then starts where the buffer does */
+  const int64_t bytes = round_up(LINA_PEERS_FLAGS + p->out_bytes + p->back_bytes, 2 << 20);
+  const int64_t tiles = (tokens + LINA_PEERS_TILE - 1) / LINA_PEERS_TILE;
+  const size_t look = (size_t)tiles * LINA_PEERS_MAX * sizeof(uint64_t);
+  LINA_TRY(cuda(cudaMalloc(&p->own, (size_t)bytes), "buffer"));
+  LINA_TRY(cuda(cudaMemset(p->own, 0, LINA_PEERS_FLAGS), "buffer"));
+  LINA_TRY(cuda(cudaMalloc((void **)&p->links.state, sizeof *p->links.state + look), "counters"));
+  LINA_TRY(cuda(cudaMemset(p->links.state, 0, sizeof *p->links.state + look), "counters"));
+  LINA_TRY(
+      cuda(cudaHostAlloc((void **)&p->word, sizeof *p->word, cudaHostAllocMapped), "host word"));
+  memset((void *)p->word, 0, sizeof *p->word);
+  LINA_TRY(cuda(cudaHostGetDevicePointer((void **)&p->links.word, p->word, 0), "host word"));
+  LINA_TRY(cuda(cudaEventCreateWithFlags(&p->order, cudaEventDisableTiming), "event"));
+  LINA_TRY(cuda(cudaIpcGetMemHandle(&p->handle, p->own), "export of the buffer"));
+  /* zeros must be there before any peer can write its flag */
+  LINA_TRY(cuda(cudaDeviceSynchronize(), "buffer"));
+  p->links.sms = sms;
+  p->links.ep = ep;
+  p->links.rank = rank;
+  p->links.timeout_ns = (uint64_t)(timeout_s * 1e9);
+  p->links.out_at = LINA_PEERS_FLAGS;
+  p->links.back_at = LINA_PEERS_FLAGS + p->out_bytes;
+  p->links.look = (uint64_t *)(p->links.state + 1);
+  p->links.buffer[rank] = p->own;
+  *out = p;
+  p = NULL;
+  rc = LINA_OK;
+done:
+  lina_peers_free(p);
+  return rc;
+}
+
+void lina_peers_export(const lina_peers *p, unsigned char *handle) {
+  memcpy(handle, &p->handle, LINA_PEERS_HANDLE);
+}
+
+void *lina_peers_rows(const lina_peers *p) { return (char *)p->own + p->links.out_at; }
+
+/* The caller's device, set back by leave(). */
+static int enter(const lina_peers *p, int *before) {
+  int rc = cuda(cudaGetDevice(before), "device");
+  if (rc == LINA_OK && *before != p->device) rc = cuda(cudaSetDevice(p->device), "device");
+  return rc;
+}
+static void leave(const lina_peers *p, int before) {
+  if (before != p->device) (void)cudaSetDevice(before);
+}
+
+int lina_peers_open(lina_peers *p, const unsigned char *handles) {
+  int before = p->device, rc = enter(p, &before);
+  for (int d = 0; d < p->links.ep && rc == LINA_OK; d++) {
+    if (d == p->links.rank || p->mapped[d]) continue;
+    cudaIpcMemHandle_t handle;
+    char what[64];
+    memcpy(&handle, handles + (size_t)d * LINA_PEERS_HANDLE, sizeof handle);
+    snprintf(what, sizeof what, "rank %d cannot map the memory of rank %d", p->links.rank, d);
+    rc = cuda(cudaIpcOpenMemHandle(&p->mapped[d], handle, cudaIpcMemLazyEnablePeerAccess), what);
+    p->links.buffer[d] = p->mapped[d];
+  }
+  leave(p, before);
+  return rc;
+}
+
+static const char *reason(uint32_t failure) {
+  switch (failure) {
+    case LINA_PEERS_TIMEOUT: return "has stopped, or hangs";
+    case LINA_PEERS_ABORTED: return "was given up by this rank";
+    case LINA_PEERS_FAILED: return "failed";
+    case LINA_PEERS_OVERFLOW:
+      return "has more tokens than agreed; give the most of any rank, lina.mesh(..., tokens=N)";
+    case LINA_PEERS_MISMATCH: return "runs another layer, shape or dtype than this rank";
+  }
+  return "failed in an unknown way";
+}
+
+int lina_peers_check(const lina_peers *p) {
+  const lina_peers_word *w = p->word;
+  if (p->closed) return lina_error(LINA_EPEER, "p2p: the buffers were closed");
+  if (p->stopped == LINA_PEERS_OVERFLOW)
+    return lina_error(LINA_EPEER,
+                      "p2p: this rank had more tokens than agreed and stopped the exchange");
+  if (p->stopped) return lina_error(LINA_EPEER, "p2p: this rank failed and stopped the exchange");
+  if (w->failure == LINA_PEERS_FINE) return LINA_OK;
+  return lina_error(
+      LINA_EPEER,
+      "p2p: rank %d of %d waited for the %s of rank %u (round %u, limit %g s), which %s",
+      p->links.rank, p->links.ep, w->direction == LINA_PEERS_OUT ? "tokens" : "results",
+      (unsigned)w->source, (unsigned)w->epoch, p->timeout_s, reason(w->failure));
+}
+
+/* Behind the last call, if that was on another stream. */
+static int in_order(lina_peers *p, cudaStream_t stream) {
+  enum cudaStreamCaptureStatus capture, other = cudaStreamCaptureStatusNone;
+  int rc = cuda(cudaStreamIsCapturing(stream, &capture), "stream");
+  if (rc != LINA_OK || capture != cudaStreamCaptureStatusNone) return rc;
+  if (p->used && p->last != (void *)stream) {
+    LINA_TRY(cuda(cudaStreamIsCapturing((cudaStream_t)p->last, &other), "stream"));
+    if (other == cudaStreamCaptureStatusNone) {
+      LINA_TRY(cuda(cudaEventRecord(p->order, (cudaStream_t)p->last), "event"));
+      LINA_TRY(cuda(cudaStreamWaitEvent(stream, p->order, 0), "event"));
+    }
+  }
+  p->last = stream;
+  p->used = true;
+done:
+  return rc;
+}
+
+static int check_sizes(const lina_peers *p, int64_t T, int64_t C, int64_t K, int64_t E,
+                       int64_t row_bytes) {
+  const int64_t ep = p->links.ep;
+  if (C < 1 || C > p->tokens || T < 0 || T > C)
+    return lina_error(LINA_EINVAL, "p2p: T=%lld tokens of C=%lld, limit %lld", (long long)T,
+                      (long long)C, (long long)p->tokens);
+  if (K < 1 || K > 1024 || ep * C > INT32_MAX / K)
+    return lina_error(LINA_EINVAL, "p2p: K=%lld, C=%lld; 1 <= K <= 1024, ep*C*K < 2^31 needed",
+                      (long long)K, (long long)C);
+  if (E < 1 || E % ep)
+    return lina_error(LINA_EINVAL, "p2p: %lld experts on %d ranks", (long long)E, (int)ep);
+  const int64_t back = lina_peers_weights_at(ep * C, row_bytes) + ep * C * K * 4;
+  if (row_bytes < 1 || row_bytes > INT32_MAX || back + ep * C * K * 4 > p->out_bytes ||
+      back > p->back_bytes)
+    return lina_error(LINA_EINVAL, "p2p: rows of %lld bytes, C=%lld, K=%lld do not fit the buffer",
+                      (long long)row_bytes, (long long)C, (long long)K);
+  return LINA_OK;
+}
+
+static void link_up(const lina_peers *p, lina_peers_links *links) {
+  const uint32_t tag = links->tag;
+  *links = p->links;
+  links->tag = tag;
+}
+
+int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, void *stream) {
+  int before = p->device, rc;
+  LINA_TRY(lina_peers_check(p));
+  LINA_TRY(check_sizes(p, a->T, a->C, a->K, a->E, a->row_bytes));
+  link_up(p, &a->links);
+  LINA_TRY(enter(p, &before));
+  LINA_TRY(in_order(p, stream));
+  LINA_TRY(lina_peers_dispatch_cuda(a, stream));
+done:
+  leave(p, before);
+  return rc;
+}
+
+int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, void *stream) {
+  const int64_t size = a->dtype == LINA_F32 ? 4 : 2;
+  int before = p->device, rc;
+  LINA_TRY(lina_peers_check(p));
+  LINA_TRY(check_sizes(p, a->T, a->C, a->K, a->E, a->D * size));
+  link_up(p, &a->links);
+  LINA_TRY(enter(p, &before));
+  LINA_TRY(in_order(p, stream));
+  LINA_TRY(lina_peers_collect_cuda(a, stream));
+done:
+  leave(p, before);
+  return rc;
+}
+
+int lina_peers_stop(lina_peers *p, int failure, void *stream) {
+  int before = p->device, rc;
+  if (p->stopped || p->word->failure) return LINA_OK;
+  LINA_TRY(enter(p, &before));
+  LINA_TRY(in_order(p, stream));
+  LINA_TRY(lina_peers_poison_cuda(&p->links, failure, stream));
+  p->stopped = failure;
+done:
+  leave(p, before);
+  return rc;
+}
+
+void lina_peers_abort(lina_peers *p) { p->word->abort = 1; }
+
+void lina_peers_close(lina_peers *p) {
+  int before = p->device;
+  if (enter(p, &before) != LINA_OK) return;
+  (void)cudaDeviceSynchronize();
+  for (int d = 0; d < LINA_PEERS_MAX; d++) {
+    if (p->mapped[d]) (void)cudaIpcCloseMemHandle(p->mapped[d]);
+    p->mapped[d] = NULL;
+  }
+  (void)cudaGetLastError();
+  p->closed = true;
+  leave(p, before);
+}
+
+void lina_peers_free(lina_peers *p) {
+  if (!p) return;
+  if (p->links.buffer[p->links.rank] && !p->closed) {
+    lina_peers_abort(p);                 /* no CUDA call: this may be the process's end */
+    return;
+  }
+  int before = p->device;
+  if (enter(p, &before) == LINA_OK) {
+    if (p->order) (void)cudaEventDestroy(p->order);
+    if (p->word) (void)cudaFreeHost((void *)p->word);
+    if (p->links.state) (void)cudaFree(p->links.state);
+    if (p->own) (void)cudaFree(p->own);
+    (void)cudaGetLastError();
+    leave(p, before);
+  }
+  free(p);
+}
+
+#else
+
+struct lina_peers { int unused; };
+
+/* Only lina_peers_make is ever called: there is nothing to call the others with. */
+#define ABSENT lina_error(LINA_ENOTSUP, "p2p: lina was built without CUDA")
+
+int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
+                    int64_t tokens, double timeout_s, int sms) {
+  (void)rank, (void)ep, (void)out_bytes, (void)back_bytes, (void)tokens, (void)timeout_s, (void)sms;
+  *out = NULL;
+  return ABSENT;
+}
+int lina_peers_open(lina_peers *p, const unsigned char *handles) {
+  return (void)p, (void)handles, ABSENT;
+}
+int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, void *stream) {
+  return (void)p, (void)a, (void)stream, ABSENT;
+}
+int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, void *stream) {
+  return (void)p, (void)a, (void)stream, ABSENT;
+}
+int lina_peers_stop(lina_peers *p, int failure, void *stream) {
+  return (void)p, (void)failure, (void)stream, ABSENT;
+}
+int lina_peers_check(const lina_peers *p) { return (void)p, ABSENT; }
+void *lina_peers_rows(const lina_peers *p) { return (void)p, NULL; }
+void lina_peers_export(const lina_peers *p, unsigned char *handle) { (void)p, (void)handle; }
+void lina_peers_abort(lina_peers *p) { (void)p; }
+void lina_peers_close(lina_peers *p) { (void)p; }
+void lina_peers_free(lina_peers *p) { (void)p; }
+
+#endif

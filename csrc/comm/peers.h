@@ -1,0 +1,58 @@
+/* peers.h - buffers that the ranks of one NVLink domain map into each other, and
+ * the rounds of dispatch and collect over them. What a round is, and why it may
+ * use the same memory again: ../cuda/peers.h.
+ *
+ * Making one takes three steps, the second and third collective by whatever
+ * carries bytes between the ranks: make (allocates and exports), open
+ * (maps everybody's export), and nothing may be sent before all ranks have opened.
+ * Closing likewise: close on all ranks before free on any.
+ *
+ * Calls with different streams are put in order by an event, except while a
+ * stream is being captured: then the capture's own dependencies order them.
+ * Every call first looks whether an earlier wait has failed, and says so.
+ * One host thread at a time.
+ * Errors: LINA_EINVAL, LINA_ENOTSUP (no CUDA, no peer access), LINA_ECUDA,
+ *   LINA_ENOMEM, LINA_EPEER (another rank stopped; the text says which and when).
+ */
+#ifndef LINA_COMM_PEERS_H
+#define LINA_COMM_PEERS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "../cuda/peers.h"
+#include "../error.h"
+
+#define LINA_PEERS_HANDLE 64 /* bytes of an export */
+
+typedef struct lina_peers lina_peers;
+
+/* Buffers of this process's current device for tokens of up to out_bytes on their
+ * way and back_bytes returning; at most `tokens` (C) a rank. Kernels take `sms` SMs, or
+ * 3/4 of the GPU's if that is 0. */
+int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
+                    int64_t tokens, double timeout_s, int sms);
+void lina_peers_export(const lina_peers *p, unsigned char *handle); /* LINA_PEERS_HANDLE bytes */
+/* handles: [ep] in order of rank; this rank's own is not looked at. */
+int lina_peers_open(lina_peers *p, const unsigned char *handles);
+/* Where rows arrive: `out` of this rank's own buffer. */
+void *lina_peers_rows(const lina_peers *p);
+
+/* Fill in links except for tag; check the rest; launch. */
+int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, void *stream);
+int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, void *stream);
+
+/* LINA_OK, or LINA_EPEER with what was waited for. Does not wait for the device. */
+int lina_peers_check(const lina_peers *p);
+/* Tells all peers that this rank stops (LINA_PEERS_FAILED or _OVERFLOW). */
+int lina_peers_stop(lina_peers *p, int failure, void *stream);
+/* Ends every wait on the device, now and later. */
+void lina_peers_abort(lina_peers *p);
+/* Waits for the device and unmaps the peers' buffers. */
+void lina_peers_close(lina_peers *p);
+/* Frees everything after lina_peers_close, or where no peer was told of it. Else peers
+ * may still have the buffer mapped: waits end, and all stays until the process does.
+ * NULL is fine. */
+void lina_peers_free(lina_peers *p);
+
+#endif

@@ -1,0 +1,282 @@
+/* module_comm.c - csrc/comm over NCCL, for Python: class Communicator and the
+ * priority word. Pointers and streams travel as integers; lina/parallel/nccl.py keeps
+ * the tensors alive and knows their dtypes. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "comm/comm.h"
+#include "comm/priority.h"
+#include "error.h"
+#include "module.h"
+
+typedef struct {
+  PyObject_HEAD lina_comm *comm;
+  int size;
+  lina_policy policy;        /* micro-ops of reductions; size 0: none given */
+} communicator;
+
+/* The Python error of a code: ValueError for arguments, RuntimeError for the rest. */
+static PyObject *raise_error(int rc) {
+  PyErr_SetString(rc == LINA_EINVAL ? PyExc_ValueError : PyExc_RuntimeError, lina_error_text());
+  return NULL;
+}
+
+static PyObject *none_or(int rc) {
+  if (rc != LINA_OK) return raise_error(rc);
+  Py_RETURN_NONE;
+}
+
+/* ---- Communicator ---- */
+
+static int init(PyObject *self, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"id", "rank", "size", "device", "name", "timeout_s", "max_ctas", NULL};
+  communicator *c = (communicator *)self;
+  lina_comm_options options = {0};
+  const char *id, *name;
+  Py_ssize_t id_length;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#iiisd|i", names, &id, &id_length, &options.rank,
+                                   &options.size, &options.device, &name, &options.timeout_s,
+                                   &options.max_ctas))
+    return -1;
+  if (id_length != LINA_COMM_ID_BYTES) {
+    PyErr_Format(PyExc_ValueError, "Communicator: id has %zd bytes, must have %d", id_length,
+                 LINA_COMM_ID_BYTES);
+    return -1;
+  }
+  if (c->comm) {
+    PyErr_SetString(PyExc_RuntimeError, "Communicator: made already");
+    return -1;
+  }
+  strncpy(options.name, name, sizeof options.name - 1);
+  c->size = options.size;
+  PyThreadState *python = PyEval_SaveThread();
+  int rc = lina_comm_create(&c->comm, &options, id);
+  PyEval_RestoreThread(python);
+  if (rc != LINA_OK) raise_error(rc);
+  return rc == LINA_OK ? 0 : -1;
+}
+
+static lina_comm *open_comm(PyObject *self) {
+  lina_comm *comm = ((communicator *)self)->comm;
+  if (!comm) PyErr_SetString(PyExc_RuntimeError, "Communicator: closed");
+  return comm;
+}
+
+static PyObject *close_comm(PyObject *self, PyObject *unused) {
+  communicator *c = (communicator *)self;
+  lina_comm *comm = c->comm;
+  (void)unused;
+  c->comm = NULL;
+  PyThreadState *python = PyEval_SaveThread();
+  lina_comm_free(comm);
+  PyEval_RestoreThread(python);
+  lina_policy_free(&c->policy);
+  Py_RETURN_NONE;
+}
+
+static void dealloc(PyObject *self) {
+  PyTypeObject *type = Py_TYPE(self);
+  PyObject *done = close_comm(self, NULL);
+  Py_XDECREF(done);
+  ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+  Py_DECREF(type);
+}
+
+/* `size` integers of a sequence; 0 on success. */
+static int byte_counts(PyObject *sequence, int size, const char *name, int64_t *out) {
+  Py_ssize_t length = PySequence_Size(sequence);
+  if (length < 0) return -1;
+  if (length != size) {
+    PyErr_Format(PyExc_ValueError, "all_to_all: %s has %zd entries, must have %d", name, length,
+                 size);
+    return -1;
+  }
+  for (int i = 0; i < size; i++) {
+    PyObject *item = PySequence_GetItem(sequence, i);
+    if (!item) return -1;
+    out[i] = PyLong_AsLongLong(item);
+    Py_DECREF(item);
+    if (out[i] == -1 && PyErr_Occurred()) return -1;
+  }
+  return 0;
+}
+
+static PyObject *all_to_all(PyObject *self, PyObject *args) {
+  unsigned long long send, receive, stream;
+  PyObject *send_bytes, *receive_bytes;
+  int how, rc;
+  if (!PyArg_ParseTuple(args, "KOKOiK", &send, &send_bytes, &receive, &receive_bytes, &how,
+                        &stream))
+    return NULL;
+  lina_comm *comm = open_comm(self);
+  if (!comm) return NULL;
+  int size = ((communicator *)self)->size;
+  int64_t *counts = malloc(sizeof *counts * 2 * (size_t)size);
+  if (!counts) return PyErr_NoMemory();
+  if (byte_counts(send_bytes, size, "send_bytes", counts) < 0 ||
+      byte_counts(receive_bytes, size, "receive_bytes", counts + size) < 0) {
+    free(counts);
+    return NULL;
+  }
+  lina_all_to_all a = {(const void *)(uintptr_t)send, (void *)(uintptr_t)receive, counts,
+                       counts + size};
+  PyThreadState *python = PyEval_SaveThread();
+  rc = lina_comm_all_to_all(comm, &a, how, (void *)(uintptr_t)stream);
+  PyEval_RestoreThread(python);
+  free(counts);
+  return none_or(rc);
+}
+
+static PyObject *all_reduce(PyObject *self, PyObject *args) {
+  communicator *c = (communicator *)self;
+  unsigned long long data, stream;
+  long long count;
+  int dtype, mean, gently, rc;
+  if (!PyArg_ParseTuple(args, "KLippK", &data, &count, &dtype, &mean, &gently, &stream))
+    return NULL;
+  lina_comm *comm = open_comm(self);
+  if (!comm) return NULL;
+  if (gently && c->policy.size <= 0) {
+    PyErr_SetString(PyExc_RuntimeError, "all_reduce: no policy set, which cuts micro-ops");
+    return NULL;
+  }
+  lina_all_reduce a = {(void *)(uintptr_t)data, count, dtype, mean, gently ? &c->policy : NULL};
+  PyThreadState *python = PyEval_SaveThread();
+  rc = lina_comm_all_reduce(comm, &a, (void *)(uintptr_t)stream);
+  PyEval_RestoreThread(python);
+  return none_or(rc);
+}
+
+static PyObject *reduce_scatter(PyObject *self, PyObject *args) {
+  communicator *c = (communicator *)self;
+  unsigned long long parts, out, scratch, stream;
+  long long count, scratch_bytes;
+  int dtype, mean, gently, rc;
+  if (!PyArg_ParseTuple(args, "KKLKLippK", &parts, &out, &count, &scratch, &scratch_bytes, &dtype,
+                        &mean, &gently, &stream))
+    return NULL;
+  lina_comm *comm = open_comm(self);
+  if (!comm) return NULL;
+  if (gently && c->policy.size <= 0) {
+    PyErr_SetString(PyExc_RuntimeError, "reduce_scatter: no policy set, which cuts micro-ops");
+    return NULL;
+  }
+  lina_reduce_scatter a = {.parts = (const void *)(uintptr_t)parts,
+                           .out = (void *)(uintptr_t)out,
+                           .scratch = (void *)(uintptr_t)scratch,
+                           .count = count,
+                           .scratch_bytes = scratch_bytes,
+                           .dtype = dtype,
+                           .mean = mean,
+                           .policy = gently ? &c->policy : NULL};
+  PyThreadState *python = PyEval_SaveThread();
+  rc = lina_comm_reduce_scatter(comm, &a, (void *)(uintptr_t)stream);
+  PyEval_RestoreThread(python);
+  return none_or(rc);
+}
+
+static PyObject *set_policy(PyObject *self, PyObject *args) {
+  communicator *c = (communicator *)self;
+  lina_link link;
+  double micro_op_s;
+  long long unit;
+  lina_policy made;
+  if (!PyArg_ParseTuple(args, "dddL", &link.alpha_s, &link.beta_s, &micro_op_s, &unit)) return NULL;
+  int rc = lina_policy_init(&made, link, micro_op_s, unit);
+  if (rc != LINA_OK) return raise_error(rc);
+  lina_policy_free(&c->policy);
+  c->policy = made;
+  return PyLong_FromLongLong(made.size);
+}
+
+static PyObject *check(PyObject *self, PyObject *unused) {
+  lina_comm *comm = open_comm(self);
+  (void)unused;
+  return comm ? none_or(lina_comm_check(comm)) : NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"all_to_all", all_to_all, METH_VARARGS,
+     "all_to_all(send, send_bytes, receive, receive_bytes, how, stream): how is A2A_RAISE | "
+     "A2A_LOWER"},
+    {"all_reduce", all_reduce, METH_VARARGS,
+     "all_reduce(data, count, dtype, mean, gently, stream): in place; gently: in micro-ops that "
+     "wait\n"
+     "for the priority word"},
+    {"reduce_scatter", reduce_scatter, METH_VARARGS,
+     "reduce_scatter(parts, out, count, scratch, scratch_bytes, dtype, mean, gently, stream): out "
+     "[count]\n"
+     "of parts [ranks, count]; gently: in micro-ops, packed in scratch, that wait for the priority "
+     "word"},
+    {"set_policy", set_policy, METH_VARARGS,
+     "set_policy(alpha_s, beta_s, micro_op_s, unit) -> bytes of a micro-op"},
+    {"check", check, METH_NOARGS, "check(): raises RuntimeError once the communicator has failed"},
+    {"close", close_comm, METH_NOARGS, "close(): aborts what is in flight"},
+    {NULL, NULL, 0, NULL}};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc,
+     "Communicator(id, rank, size, device, name, timeout_s, max_ctas=0): GPUs over NCCL."},
+    {Py_tp_new, (void *)PyType_GenericNew},
+    {Py_tp_init, (void *)init},
+    {Py_tp_dealloc, (void *)dealloc},
+    {Py_tp_methods, methods},
+    {0, NULL}};
+
+static PyType_Spec spec = {"lina._C.Communicator", sizeof(communicator), 0, Py_TPFLAGS_DEFAULT,
+                           slots};
+
+/* ---- functions ---- */
+
+static PyObject *nccl_id(PyObject *module, PyObject *unused) {
+  char id[LINA_COMM_ID_BYTES];
+  (void)module, (void)unused;
+  int rc = lina_comm_id(id);
+  return rc == LINA_OK ? PyBytes_FromStringAndSize(id, sizeof id) : raise_error(rc);
+}
+
+static PyObject *set_priority(PyObject *module, PyObject *args) {
+  unsigned long long stream;
+  int device, raised;
+  (void)module;
+  if (!PyArg_ParseTuple(args, "ipK", &device, &raised, &stream)) return NULL;
+  void *on = (void *)(uintptr_t)stream;
+  return none_or(raised ? lina_priority_raise(device, on) : lina_priority_lower(device, on));
+}
+
+static PyObject *read_priority(PyObject *module, PyObject *args) {
+  uint32_t word = 0;
+  int64_t releases = 0;
+  int device;
+  (void)module;
+  if (!PyArg_ParseTuple(args, "i", &device)) return NULL;
+  int rc = lina_priority_read(device, &word, &releases);
+  if (rc != LINA_OK) return raise_error(rc);
+  return Py_BuildValue("OL", word ? Py_True : Py_False, (long long)releases);
+}
+
+static PyObject *priority_off(PyObject *module, PyObject *unused) {
+  const char *reason = lina_priority_off();
+  (void)module, (void)unused;
+  if (!reason) Py_RETURN_NONE;
+  return PyUnicode_FromString(reason);
+}
+
+static PyMethodDef functions[] = {
+    {"nccl_id", nccl_id, METH_NOARGS, "nccl_id() -> bytes: names a communicator to be made"},
+    {"set_priority", set_priority, METH_VARARGS, "set_priority(device, raised, stream)"},
+    {"read_priority", read_priority, METH_VARARGS,
+     "read_priority(device) -> (raised, releases): as the host sees it now"},
+    {"priority_off", priority_off, METH_NOARGS,
+     "priority_off() -> why nothing is held back, or None"},
+    {NULL, NULL, 0, NULL}};
+
+int lina_add_comm(PyObject *module) {
+  PyObject *type = PyType_FromSpec(&spec);
+  int rc = type ? PyModule_AddObjectRef(module, "Communicator", type) : -1;
+  Py_XDECREF(type);
+  if (rc == 0) rc = PyModule_AddFunctions(module, functions);
+  if (rc == 0) rc = PyModule_AddIntConstant(module, "A2A_RAISE", LINA_A2A_RAISE);
+  if (rc == 0) rc = PyModule_AddIntConstant(module, "A2A_LOWER", LINA_A2A_LOWER);
+  return rc;
+}

@@ -1,0 +1,171 @@
+/* module_peers.c - what csrc/comm offers over peers' memory, for Python: functions on a
+ * capsule, tensors as addresses. lina/parallel/p2p.py is their only caller; it
+ * answers for what the addresses point to. */
+#include "comm/peers.h"
+#include "error.h"
+#include "module.h"
+
+#define CAPSULE "lina.peers"
+
+static lina_peers *peers_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, CAPSULE); }
+
+/* At exit the driver takes everything back. */
+static void release(PyObject *capsule) {
+  if (!Py_IsInitialized()) return;
+  lina_peers *p = peers_of(capsule);
+  Py_BEGIN_ALLOW_THREADS lina_peers_free(p);
+  Py_END_ALLOW_THREADS
+}
+
+static PyObject *raise_error(int code) {
+  PyErr_SetString(code == LINA_EINVAL ? PyExc_ValueError : PyExc_RuntimeError, lina_error_text());
+  return NULL;
+}
+
+static PyObject *none_or_error(int code) {
+  if (code != LINA_OK) return raise_error(code);
+  Py_RETURN_NONE;
+}
+
+static PyObject *make(PyObject *self, PyObject *args) {
+  int rank, ep, sms, rc;
+  long long out_bytes, back_bytes, tokens;
+  double timeout_s;
+  lina_peers *p;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "iiLLLdi", &rank, &ep, &out_bytes, &back_bytes, &tokens, &timeout_s,
+                        &sms))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS rc =
+      lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms);
+  Py_END_ALLOW_THREADS if (rc != LINA_OK) return raise_error(rc);
+  PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
+  if (!capsule) lina_peers_free(p);
+  return capsule;
+}
+
+static PyObject *export(PyObject *self, PyObject *capsule) {
+  unsigned char handle[LINA_PEERS_HANDLE] = {0};
+  lina_peers *p = peers_of(capsule);
+  (void)self;
+  if (!p) return NULL;
+  lina_peers_export(p, handle);
+  return PyBytes_FromStringAndSize((const char *)handle, sizeof handle);
+}
+
+static PyObject *open_all(PyObject *self, PyObject *args) {
+  PyObject *capsule;
+  char *handles;
+  Py_ssize_t length;
+  int ep;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "Oiy#", &capsule, &ep, &handles, &length)) return NULL;
+  lina_peers *p = peers_of(capsule);
+  if (!p) return NULL;
+  if (length != (Py_ssize_t)ep * LINA_PEERS_HANDLE) {
+    PyErr_Format(PyExc_ValueError, "p2p: %zd bytes of exports for %d ranks", length, ep);
+    return NULL;
+  }
+  return none_or_error(lina_peers_open(p, (const unsigned char *)handles));
+}
+
+static PyObject *rows(PyObject *self, PyObject *capsule) {
+  lina_peers *p = peers_of(capsule);
+  (void)self;
+  return p ? PyLong_FromVoidPtr(lina_peers_rows(p)) : NULL;
+}
+
+/* An address, or None for NULL. */
+static int address(PyObject *object, void *out) {
+  void *p = object == Py_None ? NULL : PyLong_AsVoidPtr(object);
+  *(void **)out = p;
+  return p == NULL && PyErr_Occurred() ? 0 : 1;
+}
+
+static PyObject *dispatch(PyObject *self, PyObject *args) {
+  PyObject *capsule;
+  void *stream;
+  lina_peers_dispatch_args a = {0};
+  unsigned tag;
+  long long T, C, K, E, row_bytes;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "OO&ILLLLLO&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag, &T, &C,
+                        &K, &E, &row_bytes, address, &a.x, address, &a.expert, address, &a.weight,
+                        address, &a.slot, address, &a.count, address, &a.x_out, address,
+                        &a.weight_out, address, &a.expert_out))
+    return NULL;
+  lina_peers *p = peers_of(capsule);
+  if (!p) return NULL;
+  a.links.tag = tag;
+  a.T = T, a.C = C, a.K = K, a.E = E, a.row_bytes = row_bytes;
+  return none_or_error(lina_peers_dispatch(p, &a, stream));
+}
+
+static PyObject *collect(PyObject *self, PyObject *args) {
+  PyObject *capsule;
+  void *stream;
+  lina_peers_collect_args a = {0};
+  unsigned tag;
+  long long T, C, K, E, D;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "OO&ILLLLLiO&O&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag, &T,
+                        &C, &K, &E, &D, &a.dtype, address, &a.y, address, &a.pair_row, address,
+                        &a.weight, address, &a.dweight, address, &a.slot, address, &a.count,
+                        address, &a.expert, address, &a.out, address, &a.dweight_out))
+    return NULL;
+  lina_peers *p = peers_of(capsule);
+  if (!p) return NULL;
+  a.links.tag = tag;
+  a.T = T, a.C = C, a.K = K, a.E = E, a.D = D;
+  return none_or_error(lina_peers_collect(p, &a, stream));
+}
+
+static PyObject *check(PyObject *self, PyObject *capsule) {
+  lina_peers *p = peers_of(capsule);
+  (void)self;
+  return p ? none_or_error(lina_peers_check(p)) : NULL;
+}
+
+static PyObject *stop(PyObject *self, PyObject *args) {
+  PyObject *capsule;
+  void *stream;
+  int overflow;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "OO&p", &capsule, address, &stream, &overflow)) return NULL;
+  lina_peers *p = peers_of(capsule);
+  if (!p) return NULL;
+  return none_or_error(
+      lina_peers_stop(p, overflow ? LINA_PEERS_OVERFLOW : LINA_PEERS_FAILED, stream));
+}
+
+static PyObject *abort_waits(PyObject *self, PyObject *capsule) {
+  lina_peers *p = peers_of(capsule);
+  (void)self;
+  if (!p) return NULL;
+  lina_peers_abort(p);
+  Py_RETURN_NONE;
+}
+
+static PyObject *close_all(PyObject *self, PyObject *capsule) {
+  lina_peers *p = peers_of(capsule);
+  (void)self;
+  if (!p) return NULL;
+  Py_BEGIN_ALLOW_THREADS lina_peers_close(p);
+  Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"peers_make", make, METH_VARARGS, NULL},
+    {"peers_export", export, METH_O, NULL},
+    {"peers_open", open_all, METH_VARARGS, NULL},
+    {"peers_rows", rows, METH_O, NULL},
+    {"peers_dispatch", dispatch, METH_VARARGS, NULL},
+    {"peers_collect", collect, METH_VARARGS, NULL},
+    {"peers_check", check, METH_O, NULL},
+    {"peers_stop", stop, METH_VARARGS, NULL},
+    {"peers_abort", abort_waits, METH_O, NULL},
+    {"peers_close", close_all, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+int lina_add_peers(PyObject *module) { return PyModule_AddFunctions(module, methods); }

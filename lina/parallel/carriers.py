@@ -1,0 +1,34 @@
+"""The transports with exact counts, by name, and the one of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lina.parallel.c10d import C10d
+from lina.parallel.mesh import groups
+from lina.parallel.nccl import NCCL
+from lina.parallel.settings import chosen
+from lina.parallel.transport import Transport
+
+makers: dict[str, Callable[[dist.ProcessGroup], Transport]] = {"c10d": C10d, "nccl": NCCL}
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()         # mesh -> its transports by name
+
+
+def transport(mesh: DeviceMesh) -> Transport:
+    """What carries the tokens of ``mesh["ep"]``; made at first use, by all its ranks together.
+
+    Raises:
+        ValueError: the transport set for the mesh does not count on the host.
+        RuntimeError: it cannot be made here.
+    """
+    name, group = chosen(mesh), groups(mesh).ep
+    if name not in makers:
+        raise ValueError(f"mesh: transport {name!r} exchanges no counts, must be one of {', '.join(makers)}")
+    made = _made.setdefault(mesh, {})
+    if name not in made or made[name].group is not group:      # other process groups have come since
+        made[name] = makers[name](group)
+    return made[name]

@@ -1,0 +1,111 @@
+"""Lines t = alpha + n * beta, fitted to measured times, of links and of passes over experts.
+
+Source: FSMoE, arXiv:2501.10714, section 4. Differs: see csrc/plan/link.h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lina import _C
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size, measured: ``n`` units took ``time_s`` seconds (median), ``low_s`` to ``high_s``, on
+    the slowest rank of each repetition."""
+
+    n: float
+    time_s: float
+    low_s: float
+    high_s: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """t = ``alpha_s`` + n * ``beta_s``, and the points that it was fitted to.
+
+    Attributes:
+        r2: 1 - (squared relative errors) / (those of the best constant time); 1 is exact.
+    """
+
+    alpha_s: float
+    beta_s: float
+    r2: float
+    points: tuple[Point, ...] = ()
+
+    @staticmethod
+    def fit(points: Sequence[Point]) -> Line:
+        """The line of least squared relative errors; neither term is negative.
+
+        Raises:
+            ValueError: fewer than two sizes, or a time that is not positive and finite.
+        """
+        alpha, beta, r2 = _C.fit([p.n for p in points], [p.time_s for p in points])
+        return Line(alpha, beta, r2, tuple(points))
+
+    def time(self, n: float) -> float:
+        """Seconds that ``n`` units take; nothing takes none."""
+        return self.alpha_s + n * self.beta_s if n > 0 else 0.0
+
+    def units(self, seconds: float) -> float:
+        """How many units ``seconds`` are enough for: 0 below alpha; infinity where beta is 0."""
+        if not seconds >= self.alpha_s:
+            return 0.0
+        return (seconds - self.alpha_s) / self.beta_s if self.beta_s > 0 else math.inf
+
+    @property
+    def off(self) -> float:
+        """The largest relative error of the line at its points."""
+        return max((abs(1 - self.time(p.n) / p.time_s) for p in self.points), default=0.0)
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The experts of one rank in one layer: ``local`` of them, D = ``dim``, F = ``ffn_dim``.
+
+    Raises:
+        ValueError: a number below 1, more than 1024 experts, or another dtype than float32,
+            bfloat16 and float16.
+    """
+
+    dim: int
+    ffn_dim: int
+    local: int
+    dtype: str = "float32"
+    activation: str = "swiglu"
+
+    def __post_init__(self) -> None:
+        for name, limit in (("dim", None), ("ffn_dim", None), ("local", 1024)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and 1 <= value <= (limit or math.inf)):
+                raise ValueError(f"ExpertShape: {name} is {value}, must be a whole number "
+                                 + (f"from 1 to {limit}" if limit else "of at least 1"))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"ExpertShape: dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class ExpertPass:
+    """Seconds by rows (token-expert pairs) of one pass over a rank's experts."""
+
+    shape: ExpertShape
+    forward: Line
+    backward: Line
+
+
+def read_line(value: dict[str, Any]) -> Line:
+    """The line of a file. KeyError, TypeError or ValueError if it is none."""
+    points = tuple(Point(*(float(p[name]) for name in ("n", "time_s", "low_s", "high_s")))
+                   for p in value["points"])
+    line = Line(float(value["alpha_s"]), float(value["beta_s"]), float(value["r2"]), points)
+    if not (0 <= line.alpha_s < math.inf and 0 <= line.beta_s < math.inf):
+        raise ValueError(f"alpha {line.alpha_s} s, beta {line.beta_s} s, must be finite and not negative")
+    return line

@@ -1,0 +1,210 @@
+"""Transport over NCCL communicators of lina's own: all-to-alls that gradients give way to on the device.
+
+Two communicators at most a group, "a2a" and "reduce", each on a stream of its own, so that neither
+waits for the other's kernels. The a2a stream alone writes the device's priority word (csrc/comm/
+priority.h); each gradient micro-op on the reduce stream waits for it there, without a host thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lina import _C, tracing
+from lina.parallel.mesh import _timeout
+from lina.parallel.transport import Transport, failure
+
+# enum lina_dtype of csrc/dtype.h
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DEFAULT_TIMEOUT_S = 600.0       # torch's own for NCCL
+
+
+def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
+                 max_ctas: int = 0) -> _C.Communicator:
+    """A communicator over the ranks of ``group``; collective over it.
+
+    Args:
+        name: shown in errors.
+        max_ctas: most thread blocks of one of its kernels; 0: NCCL's choice.
+
+    Raises:
+        RuntimeError: lina or torch is built without CUDA, NCCL is too old or fails, or a rank does
+            not answer within the group's timeout.
+    """
+    rank, size = group.rank(), group.size()
+    box = [_C.nccl_id() if rank == 0 else b""]
+    dist.broadcast_object_list(box, group=group, group_src=0, device=device)
+    timeout = _timeout(group)
+    seconds = _DEFAULT_TIMEOUT_S if timeout is None else timeout.total_seconds()
+    return _C.Communicator(box[0], rank, size, device.index, name, seconds, max_ctas)
+
+
+_streams: dict[tuple[int, str], torch.cuda.Stream] = {}
+
+
+def stream(device: torch.device, name: str) -> torch.cuda.Stream:
+    """The device's one stream "a2a" (high priority) or "reduce"."""
+    found = _streams.get((device.index, name))
+    if found is None:
+        found = _streams[device.index, name] = torch.cuda.Stream(device, priority=-1 if name == "a2a" else 0)
+    return found
+
+
+class NCCL(Transport):
+    """All-to-alls on the a2a stream; see Transport."""
+
+    name = "nccl"
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stream = stream(self.device, "a2a")
+        self.comm = communicator("a2a", group, self.device)
+        self._raised = 0                    # open imminent()s
+        size = group.size()                 # connections are made by the first exchange
+        spare = torch.zeros(2, size, dtype=torch.uint8, device=self.device)
+        self.start("first exchange", spare[0], spare[1], [1] * size, [1] * size).wait()
+        self.stream.synchronize()
+
+    def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:
+        both = torch.empty(2, *mine.shape, dtype=mine.dtype, device=self.device)
+        both[0] = mine
+        row = mine.shape[1] * mine.element_size()
+        host = torch.empty(both.shape, dtype=mine.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            token = tracing.begin("a2a", label, self.device, bytes=mine.nbytes)
+            self._run(label, both[0], [row] * self.group.size(), both[1], [row] * self.group.size())
+            tracing.end(token)
+            host.copy_(both, non_blocking=True)
+        done = self.stream.record_event()
+
+        def read(keep: Tensor = both) -> Tensor:
+            with tracing.span("a2a", f"{label}: wait", device=self.device):
+                done.synchronize()
+            self._check(label)
+            return host
+
+        return read
+
+    def start(self, label: str, out: Tensor, inp: Tensor, out_splits: list[int],
+              in_splits: list[int]) -> _Pending:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            token = tracing.begin("a2a", label, self.device, bytes=inp.numel())
+            self._run(label, inp, in_splits, out, out_splits)
+            tracing.end(token)
+        return _Pending(self, label, self.stream.record_event(), (inp, out))
+
+    def _run(self, label: str, inp: Tensor, in_splits: list[int], out: Tensor, out_splits: list[int]) -> None:
+        how = 0 if self._raised else _C.A2A_RAISE | _C.A2A_LOWER
+        try:
+            self.comm.all_to_all(inp.data_ptr(), in_splits, out.data_ptr(), out_splits, how,
+                                 self.stream.cuda_stream)
+        except RuntimeError as error:
+            raise failure(label, self.group, error) from error
+
+    def _check(self, label: str) -> None:
+        try:
+            self.comm.check()
+        except RuntimeError as error:
+            raise failure(label, self.group, error) from error
+
+    def imminent(self) -> None:
+        if not self._raised:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            _C.set_priority(self.device.index, True, self.stream.cuda_stream)
+        self._raised += 1
+
+    def settled(self) -> None:
+        self._raised -= 1
+        if not self._raised:
+            _C.set_priority(self.device.index, False, self.stream.cuda_stream)
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        self.comm.close()
+
+
+class _Pending:
+    """Keeps the tensors until the current stream waits: from then on that stream orders their reuse."""
+
+    def __init__(self, transport: NCCL, label: str, done: torch.cuda.Event,
+                 tensors: tuple[Tensor, ...]) -> None:
+        self._transport, self._label, self._done, self._tensors = transport, label, done, tensors
+
+    def wait(self) -> None:
+        device = self._transport.device
+        with tracing.span("a2a", f"{self._label}: wait", device=device):
+            torch.cuda.current_stream(device).wait_event(self._done)
+        self._transport._check(self._label)
+        self._tensors = ()
+
+
+class Reducer:
+    """Reduces gradients over the ranks of ``group`` in micro-ops that give way to all-to-alls.
+
+    Args:
+        link: (alpha, beta) of an all-reduce, seconds and seconds a byte.
+        micro_op_s: seconds of one micro-op, by that model.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, link: tuple[float, float], micro_op_s: float,
+                 max_ctas: int = 0) -> None:
+        self.group = group
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stream = stream(self.device, "reduce")
+        self.comm = communicator("reduce", group, self.device, max_ctas=max_ctas)
+        self.micro_op_bytes = self.comm.set_policy(*link, micro_op_s, 256)
+        self.all_reduce(torch.zeros(1, device=self.device), gently=False)      # makes connections
+        self.stream.synchronize()
+
+    def all_reduce(self, flat: Tensor, *, mean: bool = True, gently: bool = True) -> None:
+        """In place, on the reduce stream, after what the current stream holds so far.
+
+        Args:
+            flat: contiguous, float32, float64, bfloat16 or float16; kept from reuse until done.
+            gently: in micro-ops; else whole and at once.
+
+        Raises:
+            RuntimeError: another rank failed, or the communicator did before.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.comm.all_reduce(flat.data_ptr(), flat.numel(), _DTYPES[flat.dtype], mean, gently,
+                             self.stream.cuda_stream)
+        flat.record_stream(self.stream)
+
+    def reduce_scatter(self, out: Tensor, parts: Tensor, *, mean: bool = True,
+                       gently: bool = True) -> torch.cuda.Event:
+        """``out`` [n] of all ranks' ``parts`` [ranks, n], on the reduce stream, as :meth:`all_reduce`.
+
+        A micro-op takes as many bytes of every rank's part as the link says: its beta must be the
+        seconds of one byte of ``out``. Each is packed first, in at most 1.5 * ranks * micro_op_bytes.
+
+        Returns:
+            when it is done; the caller keeps both tensors until then.
+        """
+        room = min(out.nbytes, 3 * self.micro_op_bytes // 2 + 256) * self.group.size()
+        cuts = gently and out.nbytes > self.micro_op_bytes
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            scratch = torch.empty(room if cuts else 0, dtype=torch.uint8, device=self.device)
+            self.comm.reduce_scatter(parts.data_ptr(), out.data_ptr(), out.numel(), scratch.data_ptr(),
+                                     scratch.numel(), _DTYPES[out.dtype], mean, gently,
+                                     self.stream.cuda_stream)
+        return self.stream.record_event()
+
+    def future(self, value: Any) -> torch.futures.Future:
+        """A future of ``value``, complete as of what the reduce stream holds so far."""
+        result: torch.futures.Future = torch.futures.Future(devices=[self.device])
+        with torch.cuda.stream(self.stream):       # outside, the result would not wait for the stream
+            result.set_result(value)
+        return result
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        self.comm.close()

@@ -1,0 +1,113 @@
+"""The traffic of a spread layer: who gets what, and the passes between rows out and rows back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lina import ops, tracing
+from lina.parallel.dispatch import raw
+from lina.parallel.layout import COLUMNS, Layout, layout, tables
+from lina.parallel.transport import Pending, Transport
+
+AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients",
+          "degree forward", "degree backward")
+
+
+class Job(NamedTuple):
+    transport: Transport
+    experts: int
+    degree: tuple[int, int]
+    options: tuple
+    needs: list[bool]              # gradients of x, weight, w_up, b_up, w_down, b_down
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This rank of the group, and their number."""
+        return self.transport.group.rank(), self.transport.group.size()
+
+
+@contextmanager
+def ahead(carrier: Transport) -> Iterator[None]:
+    carrier.imminent()
+    try:
+        yield
+    finally:
+        carrier.settled()
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept: copying numbers to a GPU would wait for all that it has been given."""
+    return torch.tensor(numbers, device=device)
+
+
+@torch.no_grad()
+def plan(expert_TK: Tensor, facts: list[int], job: Job, save: bool) -> Callable[[], list[Layout]]:
+    """The layouts forward and, to ``save``, backward; the function returned waits for the counts."""
+    me, ep = job.ranks
+    rank_TK = torch.div(expert_TK, job.experts // ep, rounding_mode="floor").int()
+    rank_TK.masked_fill_((expert_TK < 0) | (expert_TK >= job.experts), ep)
+    found = [tables(rank_TK, ep, me, job.degree[0])]
+    if save:
+        same = job.degree[0] == job.degree[1]
+        found += found if same else [tables(rank_TK, ep, me, job.degree[1])]
+    columns = [f.columns_RC for f in found] + [torch.zeros_like(found[0].columns_RC)] * (2 - len(found))
+    facts_RF = _on_device(tuple(facts), expert_TK.device).expand(ep, -1)
+    read = job.transport.counts("dispatch counts", torch.cat([facts_RF, *columns], 1))
+
+    def known() -> list[Layout]:
+        mine, theirs = read().tolist()
+        for f, name in enumerate(AGREED):
+            values = [line[f] for line in theirs]
+            if len(set(values)) > 1:
+                shown: list[Any] = [ops.FLOATS[v] for v in values] if name.startswith("dtype") else values
+                raise ValueError(f"dispatch: the ranks of one expert group disagree on {name}: {shown} "
+                                 "by rank")
+        made: list[Layout] = []
+        for i, table in enumerate(found):
+            if i and table is found[0]:
+                made.append(made[0])
+                continue
+            own = slice(len(AGREED) + i * COLUMNS, len(AGREED) + (i + 1) * COLUMNS)
+            made.append(layout(table, [m[own] for m in mine], [t[own] for t in theirs], me))
+        return made
+    return known
+
+
+def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width: int, back: Tensor | None,
+         compute: Callable[[int, Tensor | None], Tensor | None]) -> None:
+    """The passes of one direction: ``outgoing`` [T, width] by chunk to other ranks' ``compute(i, rows)``,
+    whose results come back into ``back`` [S, ...], if there is any."""
+    def label(name: str, c: int) -> str:
+        return name if lay.chunks == 1 else f"{name} {c + 1}/{lay.chunks}"
+
+    def start(name: str, c: int, out: Tensor, inp: Tensor, arriving: list[int],
+              leaving: list[int]) -> Pending:
+        size = out.shape[1] * out.element_size()
+        return job.transport.start(label(name, c), raw(out), raw(inp), [n * size for n in arriving],
+                                   [n * size for n in leaving])
+
+    coming: list[tuple[Pending, Tensor]] = []
+    for c in range(lay.chunks):
+        rows = outgoing.index_select(0, lay.token_S[lay.sent_rows(c)])
+        got = rows.new_empty(sum(lay.received[c]), width)
+        coming.append((start(labels[0], c, got, rows, lay.received[c], lay.sent[c]), got))
+    going: list[Pending] = []
+    for i, part in enumerate(lay.parts):
+        arrived = None
+        if part.chunk:
+            pending, arrived = coming[part.chunk[0]]
+            pending.wait()
+        with tracing.span("compute", "experts backward" if "backward" in labels[0] else "experts"):
+            result = compute(i, arrived)
+        if part.chunk and back is not None and result is not None:
+            c = part.chunk[0]
+            going.append(start(labels[1], c, back[lay.sent_rows(c)], result, lay.sent[c], lay.received[c]))
+    for pending in going:
+        pending.wait()

@@ -1,0 +1,58 @@
+"""How the layers spread over a mesh run: what carries their tokens, and in how many passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakIdKeyDictionary
+
+TRANSPORTS = ("auto", "c10d", "nccl", "p2p")
+MAX_DEGREE = 8
+
+
+@dataclass
+class Settings:
+    """Of one mesh; the same on every rank, and changed between steps only.
+
+    Attributes:
+        transport: "auto" (chosen by what the ranks have), "c10d", "nccl" or "p2p".
+        degree: expert passes of a layer forward and backward, 1 to 8 each (spread.py says which).
+        tokens, cap_bytes: "p2p" alone: the most tokens that any rank will have, None: as many as it has
+            in the first call; and the limit on a rank's receive buffer, None: its GPU's memory.
+    """
+
+    transport: str = "auto"
+    degree: tuple[int, int] = (1, 1)
+    tokens: int | None = None
+    cap_bytes: int | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "transport" and value not in TRANSPORTS:
+            raise ValueError(f"mesh: transport is {value!r}, must be one of {', '.join(TRANSPORTS)}")
+        if name == "degree":
+            value = tuple(value)
+            if len(value) != 2 or not all(isinstance(r, int) and 1 <= r <= MAX_DEGREE for r in value):
+                raise ValueError(f"mesh: degree is {value}, must be two numbers from 1 to {MAX_DEGREE}: "
+                                 "forward, backward")
+        if name in ("tokens", "cap_bytes") and value is not None and value < 1:
+            raise ValueError(f"mesh: {name} is {value}, must be at least 1, or None")
+        super().__setattr__(name, value)
+
+
+# By identity: equal meshes may be of different process groups.
+_settings: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def settings(mesh: DeviceMesh) -> Settings:
+    """The settings of ``mesh``, to read or change."""
+    if mesh not in _settings:
+        _settings[mesh] = Settings()
+    return _settings[mesh]
+
+
+def chosen(mesh: DeviceMesh) -> str:
+    """The transport that "auto" stands for here: c10d, unless another is asked for by name."""
+    name = settings(mesh).transport
+    return "c10d" if name == "auto" else name

@@ -1,0 +1,262 @@
+"""A layer's experts spread over ranks: tokens out, expert passes, results back, overlapped.
+
+Rows travel as in dispatch.py: one copy of a token to each rank that holds at least one of its
+experts, and one row back, summed there; but rows of a rank's own experts stay where they are, and
+the experts run in ``degree`` passes (layout.py), so that some rows are computed while others travel.
+All chunks leave at once, in order; the results of a chunk start back when its pass is done.
+Backward has a degree of its own.
+
+Sums and roundings are those of dispatch, ops.moe and collect: a rank's share of a token is rounded
+to the activations' dtype, the shares are added in rank order in float32 (float64) and rounded once.
+Gradients of weights: each pass's is rounded to the weights' dtype and added in that dtype, so a
+degree of r costs up to r - 1 roundings more. (Adding in float32 would hold 4 bytes a parameter of
+bf16 weights besides the 2 of the pass's own.) Everything repeats bitwise.
+
+Source: pipelining of micro-ops, Lina, arXiv:2210.17223, section 4; degrees of their own for forward and
+backward, FSMoE, arXiv:2501.10714. Differs: own rows go first and last, where the network is busy
+with rows that nothing can hide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lina import ops
+from lina.parallel import p2p
+from lina.parallel.carriers import transport
+from lina.parallel.dispatch import collect, dispatch, eagerly, pack, unpack
+from lina.parallel.layout import Layout, found_in
+from lina.parallel.mesh import groups, local_count
+from lina.parallel.passes import Job, ahead, plan, run
+from lina.parallel.peers import peers_of
+from lina.parallel.settings import chosen, settings
+
+
+def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down: Tensor, *, experts: int,
+        mesh: DeviceMesh, **options: Any) -> Tensor:
+    """:func:`lina.ops.moe` where ``w_up``, ``w_down`` and biases are this rank's experts of ``experts``.
+
+    Carried as :func:`settings` of ``mesh`` say. Any T will do on any rank of ``mesh["ep"]``, 0
+    included; every rank of it calls, and if one rank's result enters a loss, every rank's must.
+    Inside ``torch.no_grad`` nothing is kept.
+
+    Args:
+        x_TD: [T, D] tokens.  weight_TK: [T, K] the router's weights.  expert_TK: [T, K] int32 (int64
+            is converted), global ids; ids outside [0, experts) add nothing.
+        w_up [L, U, D], w_down [L, D, F] and ``options`` (b_up [L, U], b_down [L, D], activation ...):
+            as ops.moe, L = experts / ep.
+
+    Returns:
+        out_TD: [T, D] in x's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError, ValueError: as ops.moe, before anything is sent; and for ranks that disagree on
+            D, K, dtypes, experts, need of gradients or degrees, then on every rank.
+        RuntimeError: another rank failed or left, within the transport's timeout. Also for
+            differentiating twice.
+    """
+    ep, local = groups(mesh).ep, local_count(experts, mesh)
+    if ep.size() == 1:
+        return ops.moe(x_TD, weight_TK, expert_TK, w_up, w_down, **options)
+    if w_up.dim() == 3 and w_up.shape[0] != local:
+        raise ValueError(f"moe: w_up has {w_up.shape[0]} experts, must have {local}: {experts} are spread "
+                         f"over {ep.size()} ranks")
+    name, degree = chosen(mesh), settings(mesh).degree
+    if name == "p2p":
+        peers = peers_of(ep, tokens=settings(mesh).tokens, cap_bytes=settings(mesh).cap_bytes)
+        return p2p.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts, peers=peers, **options)
+    if name == "c10d" and degree == (1, 1):
+        x_RD, weight_RK, expert_RK, route = dispatch(x_TD, weight_TK, expert_TK, experts, ep)
+        return collect(ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options), route)
+    if max(max(degree) - 2, 2) * ep.size() > ops.MAX_EXPERTS:
+        raise ValueError(f"moe: degree {degree} over {ep.size()} ranks, (degree - 2) * ranks is at most "
+                         f"{ops.MAX_EXPERTS}")
+    x_TD, weight_TK, *weights, raw_options = ops.moe_arguments(
+        "moe", x_TD, weight_TK, expert_TK, w_up, w_down, **options)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad
+             for t in (x_TD, weight_TK, *weights)]
+    job = Job(transport(mesh), experts, degree, raw_options, needs)
+    return eagerly(_spread)(x_TD, weight_TK, expert_TK, weights, job)
+
+
+class _Pass(NamedTuple):
+    """One part's inputs of the experts, as their backward wants them."""
+
+    x: Tensor
+    weight: Tensor
+    expert: Tensor | None          # i32, ids in [0, L) or -1; kept where backward sorts anew
+    offset: Tensor
+    row_pair: Tensor
+    pair_row: Tensor
+    h: Tensor
+
+
+def _spread(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: list[Tensor | None],
+            job: Job) -> Tensor:
+    if ops.needs_grad(x_TD, weight_TK, *weights):
+        return _Spread.apply(x_TD, weight_TK, *weights, expert_TK, job)
+    return _forward(x_TD, weight_TK, expert_TK, weights, job, False)[0]
+
+
+def _joined(own: Tensor, arrived: Tensor | None) -> Tensor:
+    if arrived is None:
+        return own
+    return torch.cat([own, arrived]) if len(own) else arrived
+
+
+def _forward(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: list[Tensor | None], job: Job,
+             save: bool) -> tuple[Tensor, list[Layout], list[_Pass]]:
+    me, ep = job.ranks
+    T, D = x_TD.shape
+    K, local = expert_TK.shape[1], job.experts // ep
+    w_up, b_up, w_down, b_down = weights
+    assert w_up is not None
+    if expert_TK.dtype == torch.int64:
+        expert_TK = expert_TK.clamp(-1, job.experts).int()
+    x_TD, weight_TK = x_TD.contiguous(), weight_TK.contiguous()
+    here_TK = expert_TK - me * local
+    here_TK.masked_fill_((here_TK < 0) | (here_TK >= local), -1)
+    facts = [D, K, job.experts, ops.FLOATS.index(x_TD.dtype), ops.FLOATS.index(weight_TK.dtype),
+             job.needs[0] + 2 * job.needs[1] + 4 * any(job.needs[2:]), *job.degree]
+    passes: list[_Pass] = []
+    with ahead(job.transport):
+        known = plan(expert_TK, facts, job, save)
+        packed_TB = pack(x_TD, weight_TK, expert_TK)        # while counts travel
+        lays = known()
+        lay, S = lays[0], lays[0].S
+        y_SD = x_TD.new_empty(S + T, D)                      # rows that come back, then own ones
+
+        def compute(i: int, got: Tensor | None) -> Tensor | None:
+            own, n = lay.own(lay.parts[i]), lay.pairs[i]
+            x, weight, expert = x_TD[own], weight_TK[own], here_TK[own]
+            if got is not None:
+                x_R, weight_R, expert_R = unpack(got, (D, K, K), (x.dtype, weight.dtype, torch.int32))
+                expert_R -= me * local
+                expert_R.masked_fill_((expert_R < 0) | (expert_R >= local), -1)
+                x, weight, expert = (_joined(*both) for both in
+                                     ((x, x_R), (weight, weight_R), (expert, expert_R)))
+            rows = ops.sort(expert, local)
+            y_ND, h_NU = torch.ops.lina.experts_fwd(
+                x, rows.offset_E1, rows.row_pair_N[:n], w_up, b_up, w_down, b_down, K, *job.options, save)
+            if save:
+                ids = expert if job.degree[0] != job.degree[1] else None
+                passes.append(_Pass(x, weight, ids, rows.offset_E1, rows.row_pair_N[:n], rows.pair_row_TK,
+                                    h_NU))
+            out = torch.ops.lina.combine_fwd(y_ND, weight, rows.pair_row_TK)
+            size = own.stop - own.start
+            y_SD[S + own.start:S + own.stop] = out[:size]
+            return None if got is None else out[size:]
+
+        run(job, lay, ("dispatch", "collect"), packed_TB, packed_TB.shape[1], y_SD, compute)
+        return torch.ops.lina.combine_fwd(y_SD, None, lay.row_TR), lays, passes
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, w_up: Tensor, b_up: Tensor | None,
+                w_down: Tensor, b_down: Tensor | None, expert_TK: Tensor, job: Job) -> Tensor:
+        out_TD, lays, passes = _forward(x_TD, weight_TK, expert_TK, [w_up, b_up, w_down, b_down], job, True)
+        last = lays[-1]
+        ctx.save_for_backward(x_TD, weight_TK, w_up, w_down, b_down, expert_TK, last.token_S, last.row_TR,
+                              *(t for p in passes for t in p))
+        nothing = x_TD.new_empty(0)          # tensors are saved above, where checkpoints see them
+        ctx.job, ctx.lays = job, [replace(lay, token_S=nothing, row_TR=nothing) for lay in lays]
+        return out_TD
+
+    @staticmethod
+    @ops.once
+    def backward(ctx: Any, saved: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        width = len(_Pass._fields)
+        passes = [_Pass(*saved[i:i + width]) for i in range(8, len(saved), width)]
+        lays = [ctx.lays[0], replace(ctx.lays[-1], token_S=saved[6], row_TR=saved[7])]
+        gradients = _backward(dout_TD.contiguous(), saved[:6], lays, passes, ctx.job, ctx.needs_input_grad)
+        return *gradients, None, None
+
+
+def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pass], job: Job,
+              need: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients of x, weight, w_up, b_up, w_down, b_down, as far as needed."""
+    x_TD, weight_TK, w_up, w_down, b_down, expert_TK = saved
+    lay, (T, D), K = lays[1], x_TD.shape, expert_TK.shape[1]
+    S, dtypes = lay.S, (x_TD.dtype, weight_TK.dtype)
+    returned = [(i, width) for i, width in enumerate((D, K)) if need[i]]     # of dx, dweight: what is needed
+    mask = ops.moe_needs(*need[:6])
+    total: list[Tensor | None] = [None] * 4
+    with ahead(job.transport):
+        # rows that come back, then own ones: dx [S + T, D], dweight [S + T, K]
+        rows = [x_TD.new_empty(S + T, width, dtype=dtypes[i]) for i, width in returned]
+        if lays[0].parts != lay.parts:
+            passes = _regrouped(lays[0], lay, passes, job)
+        packed = [pack(*(r.new_empty(0, r.shape[1]) for r in rows))] if rows else []
+        back = packed[0].new_empty(S, packed[0].shape[1]) if rows else None
+
+        def compute(i: int, got: Tensor | None) -> Tensor | None:
+            p, own = passes[i], lay.own(lay.parts[i])
+            dout = dout_TD[own] if got is None else _joined(dout_TD[own], got)
+            dx, dweight, *dw = torch.ops.lina.experts_bwd(
+                dout, p.weight, p.x, p.h, p.offset, p.row_pair, p.pair_row, w_up, w_down, b_down,
+                *job.options, mask)
+            for j, part in enumerate(dw):
+                if need[2 + j]:
+                    so_far = total[j]
+                    total[j] = part if so_far is None else so_far.add_(part)
+            size = own.stop - own.start
+            parts = [(dx, dweight)[j] for j, _ in returned]
+            for whole, part in zip(rows, parts, strict=True):
+                whole[S + own.start:S + own.stop] = part[:size]
+            return pack(*(part[size:] for part in parts)) if got is not None and parts else None
+
+        run(job, lay, ("collect backward", "dispatch backward"), dout_TD, D, back, compute)
+        if back is not None:
+            arrived = unpack(back, tuple(w for _, w in returned), tuple(dtypes[i] for i, _ in returned))
+            for whole, part in zip(rows, arrived, strict=True):
+                whole[:S] = part
+    found: list[Tensor | None] = [None, None]
+    for (i, _), whole in zip(returned, rows, strict=True):
+        found[i] = torch.ops.lina.combine_fwd(whole, None, lay.row_TR) if i == 0 else _router_gradient(
+            whole, expert_TK, lay, job)
+    return [*found, *total]
+
+
+def _router_gradient(dweight_SK: Tensor, expert_TK: Tensor, lay: Layout, job: Job) -> Tensor:
+    """[T, K]: each pair's from the rank that holds its expert; 0 for absent pairs."""
+    if not len(dweight_SK):
+        return dweight_SK
+    ep = job.ranks[1]
+    present_TK = (expert_TK >= 0) & (expert_TK < job.experts)
+    rank_TK = torch.div(expert_TK, job.experts // ep, rounding_mode="floor").clamp(0, ep - 1).long()
+    row_TK = lay.row_TR.long().gather(1, rank_TK).clamp(min=0)
+    dweight_TK = dweight_SK[row_TK, torch.arange(dweight_SK.shape[1], device=dweight_SK.device)]
+    return dweight_TK.masked_fill(~present_TK, 0)
+
+
+def _regrouped(forward: Layout, backward: Layout, passes: list[_Pass], job: Job) -> list[_Pass]:
+    """The backward's passes from the forward's rows and pre-activations; those that are equal as they are.
+
+    While it runs, a second copy of what is regrouped is in memory.
+    """
+    local = job.experts // job.ranks[1]
+    x, weight, expert = (torch.cat([getattr(p, name) for p in passes]) for name in ("x", "weight", "expert"))
+    first, firsts = 0, []
+    for p in passes:
+        firsts.append(torch.where(p.pair_row < 0, -1, p.pair_row + first))
+        first += len(p.h)
+    row_TK, h = torch.cat(firsts), torch.cat([p.h for p in passes])      # of each pair, its row in h
+    kept = dict(zip(forward.parts, passes, strict=True))
+    made = []
+    for part, index, pairs in zip(backward.parts, found_in(forward, backward), backward.pairs, strict=True):
+        if part in kept:
+            made.append(kept[part])
+            continue
+        index = index.to(x.device, non_blocking=True)
+        rows = ops.sort(expert[index], local)
+        row_pair = rows.row_pair_N[:pairs]
+        from_h = row_TK[index].view(-1)[row_pair.long()]
+        made.append(_Pass(x[index], weight[index], None, rows.offset_E1, row_pair, rows.pair_row_TK,
+                          h[from_h]))
+    return made

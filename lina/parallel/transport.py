@@ -1,0 +1,124 @@
+"""How bytes travel among the ranks that share one copy of the experts, and who gives way to whom.
+
+A spread layer (spread.py) starts all-to-alls and waits for them; what carries them is a Transport:
+c10d.py over any backend of torch.distributed, nccl.py over communicators of lina's own. Gradient
+micro-ops (queue.py) start only while no all-to-all is queued, running or imminent.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Pending(Protocol):
+    """An all-to-all that was started."""
+
+    def wait(self) -> None:
+        """Return when the output can be used: by the host on a CPU, on CUDA by what is launched
+        afterwards on the current stream (the host does not wait there).
+
+        Raises:
+            RuntimeError: a rank failed or left, within the transport's timeout; names the exchange.
+        """
+
+
+class Transport(ABC):
+    """The all-to-alls of one process group; one for each group, made by the first layer that asks.
+
+    Every rank of the group makes the same calls in the same order. A transport keeps what it was
+    given alive until that has been waited for, and tells the allocator of streams of its own.
+    """
+
+    name: str
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    @abstractmethod
+    def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:
+        """Exchange small numbers: row r of ``mine`` [ep, n] (int64, on the layer's device) goes to rank r.
+
+        Returns:
+            a function, called once, that gives [2, ep, n] int64 on the CPU: ``mine``, and what
+            arrived, row r from rank r. Over CUDA the calls so far have queued one copy to the host;
+            only that function waits for it.
+        """
+
+    @abstractmethod
+    def start(self, label: str, out: Tensor, inp: Tensor, out_splits: list[int],
+              in_splits: list[int]) -> Pending:
+        """Start an all-to-all of bytes.
+
+        Args:
+            label: shown in traces and errors.
+            inp, out: uint8, contiguous, of one dimension: what is sent, by rank, and where what
+                arrives is put, by rank. Valid on the current stream.
+            in_splits, out_splits: bytes to and from each rank; 0 is common.
+
+        Starts are carried out in order; those of one group never overtake each other.
+        """
+
+    @abstractmethod
+    def imminent(self) -> None:
+        """All-to-alls follow at once: no gradient micro-op may start from here (on CUDA: from this
+        point of the current stream) until ``settled``."""
+
+    @abstractmethod
+    def settled(self) -> None:
+        """Called once for each ``imminent``, after the last wait, also when a call raised."""
+
+    def close(self) -> None:
+        """Give back what the transport holds; nothing is in flight."""
+        return None
+
+
+class Gate:
+    """All-to-alls queued, running or imminent in this process, for queues driven by the host.
+
+    ``watchers`` are told of every change, by +1 or -1, under the gate's lock.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.outstanding = 0
+        self.passed: Any = None        # CUDA: event after the last all-to-all that was launched
+        self.watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+
+    def change(self, delta: int) -> None:
+        with self.lock:
+            self.outstanding += delta
+            for watcher in self.watchers:
+                watcher.a2a(delta)
+
+    def __enter__(self) -> None:
+        self.change(1)
+
+    def __exit__(self, *exc: object) -> None:
+        self.change(-1)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` of every change from now on, and of what is outstanding already."""
+        with self.lock:
+            for _ in range(self.outstanding):
+                watcher.a2a(1)
+            self.watchers.add(watcher)
+
+
+class Watcher(Protocol):
+    def a2a(self, delta: int) -> None: ...
+
+
+gate = Gate()
+
+
+def failure(label: str, group: dist.ProcessGroup, error: BaseException) -> RuntimeError:
+    """What every transport raises when an exchange fails."""
+    return RuntimeError(f"{label}: the exchange among ranks {dist.get_process_group_ranks(group)} failed on "
+                        f"rank {dist.get_rank()}; another rank has stopped, or hangs: {error}")

@@ -1,0 +1,279 @@
+"""What every rank does in test_p2p.py: the transport over peers' memory against the plain one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from parallel_worker import error_of, everyone
+
+from lina import ops, parallel
+from lina.parallel.p2p import moe
+from lina.parallel.peers import Peers
+
+from helpers import assert_within_rounding, on_side_stream
+
+TOKENS = (37, 0, 300, 5)          # uneven; none; more than one agreement step of 128
+NAMES = ("x", "weight", "w_up", "w_down", "b_up", "b_down")
+
+
+def world() -> int:
+    return dist.get_world_size()
+
+
+def inputs(device, T: int, D: int, F: int, K: int, dtype, kind: str, seed: int = 0, bias: bool = True):
+    """This rank's tokens and experts: random ids, some absent; all to one expert; or none."""
+    E = 2 * world() if kind != "wide" else 8 * world()
+    rank = dist.get_rank()
+    draw = torch.Generator().manual_seed(10 * seed + rank)
+    x, weight = torch.randn(T, D, generator=draw), torch.rand(T, K, generator=draw)
+    expert = torch.rand(T, E + 2 + K, generator=draw).argsort(-1)[:, :K] - 1       # -1 and from E on: absent
+    if kind in ("one", "none"):
+        expert.fill_(E - 1 if kind == "one" else -1)
+    L = E // world()
+    shapes = [(L, 2 * F, D), (L, D, F), *([(L, 2 * F), (L, D)] if bias else [])]
+    weights = [torch.randn(s, generator=draw) * s[-1] ** -0.5 for s in shapes]
+    leaves = [t.to(device, dtype) for t in (x, *weights)]
+    leaves.insert(1, weight.to(device))
+    return [t.requires_grad_() for t in leaves], expert.to(device, torch.int32), E
+
+
+def plain(leaves, expert, E: int, group):
+    x, weight, w_up, w_down, *bias = leaves
+    options = dict(zip(("b_up", "b_down"), bias, strict=False))
+    x_RD, weight_RK, expert_RK, route = parallel.dispatch(x, weight, expert, E, group)
+    return parallel.collect(ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options), route)
+
+
+def ours(leaves, expert, E: int, peers: Peers, **more):
+    x, weight, w_up, w_down, *bias = leaves
+    options = dict(zip(("b_up", "b_down"), bias, strict=False), **more)
+    return moe(x, weight, expert, w_up, w_down, experts=E, peers=peers, **options)
+
+
+_wrong: list[str] = []
+
+
+def settle() -> None:
+    """Raise what differed. Only at a scenario's end: until then the ranks stay in step."""
+    wrong, _wrong[:] = _wrong[:], []
+    assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:8])
+
+
+def same(got, want, what: str) -> None:
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        if not torch.equal(a, b):
+            _wrong.append(f"{what}: result {i} has other bits")
+
+
+def compare(got, want, terms: int, what: str) -> None:
+    # the rows' order and every sum's are the same; products may be tiled otherwise. Rounded to the dtype on
+    # the way: pre-activation, activation, an expert's output, a rank's sum, and their gradients
+    for name, g, w in zip(("out", *NAMES), got, want, strict=False):
+        try:
+            assert g.dtype == w.dtype, f"{what}: {name} is of {g.dtype}"
+            assert_within_rounding(g, w.double(), terms, inner=8, name=f"{what}: {name}")
+        except AssertionError as error:
+            _wrong.append(str(error))
+
+
+def both(leaves, expert, E: int, peers: Peers, group, what: str, grad: bool = True) -> None:
+    terms = leaves[0].shape[1] + leaves[3].shape[2] + sum(TOKENS)
+    if not grad:
+        with torch.no_grad():
+            compare([ours(leaves, expert, E, peers)], [plain(leaves, expert, E, group)], terms, what)
+        return
+    results = []
+    for call in (lambda: ours(leaves, expert, E, peers), lambda: plain(leaves, expert, E, group)):
+        out = call()
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent)])
+    compare(*results, terms, what)
+
+
+def parity(device, kind: str) -> None:
+    """Outputs and all gradients as over c10d: dtypes, K, widths with and without whole vectors, uneven T."""
+    group = dist.group.WORLD
+    peers = Peers(group, tokens=max(TOKENS), timeout_s=10)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for D, F, K in ((64, 32, 3), (20, 12, 1), (7, 5, 8)):     # 16-byte rows; 8-byte rows; odd
+            for turn in range(2):                                 # every rank is without tokens once
+                T = TOKENS[(dist.get_rank() + turn) % 4]
+                leaves, expert, E = inputs(device, T, D, F, K, dtype, kind, turn, bias=D != 20)
+                for grad in (True, False):
+                    both(leaves, expert, E, peers, group, f"{dtype} {D=} {K=} {T=} {grad=}", grad)
+    peers.close()
+    settle()
+
+
+def many_tokens(device) -> None:
+    """More tokens than one block counts (512), and tiles that are not full; K of two 16-byte loads."""
+    group = dist.group.WORLD
+    peers = Peers(group, tokens=3001, timeout_s=10)
+    for T, K in ((512, 8), (513, 2), (3001, 8)):
+        leaves, expert, E = inputs(device, T - 7 * dist.get_rank(), 256, 64, K, torch.bfloat16, "wide")
+        both(leaves, expert, E, peers, group, f"{T=} {K=}")
+    peers.close()
+    settle()
+
+
+def layers(device) -> None:
+    """Two layers of other widths and dtypes over one buffer, all forward before backward; repeats bitwise."""
+    group = dist.group.WORLD
+    peers = Peers(group, timeout_s=10)
+    first = inputs(device, 50, 24, 16, 2, torch.float32, "random", 1)
+    second = inputs(device, 50, 24, 40, 4, torch.float32, "random", 2)
+
+    def run(layer):
+        x = first[0][0]
+        y = x + layer(first[0], *first[1:])
+        z = layer([y, *second[0][1:]], *second[1:]).bfloat16()
+        third = [z, second[0][1], *(w.detach().bfloat16() for w in second[0][2:])]
+        out = z + layer(third, *second[1:])
+        return [out, *torch.autograd.grad(out, [*first[0], *second[0][1:]], torch.ones_like(out))]
+
+    got = run(lambda leaves, expert, E: ours(leaves, expert, E, peers))
+    want = run(lambda leaves, expert, E: plain(leaves, expert, E, group))
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        # third layer's activations are bfloat16 for both; what differs is products' tiling in front of that
+        error, scale = (g.double() - w.double()).abs().max().item(), w.double().abs().max().item()
+        if not error <= 16 * torch.finfo(torch.bfloat16).eps * scale:
+            _wrong.append(f"result {i} is wrong by {error:.3g} of {scale:.3g}")
+    for turn in range(5):
+        same(run(lambda leaves, expert, E: ours(leaves, expert, E, peers)), got, f"turn {turn}")
+    again = on_side_stream(lambda: run(lambda leaves, expert, E: ours(leaves, expert, E, peers)))
+    torch.cuda.synchronize()
+    same(again, got, "side stream")
+    peers.close()
+    settle()
+
+
+def on_fresh(layer, leaves, grad: bool) -> list:
+    """Output and gradients. Of fresh leaves over the same memory: autograd remembers on which stream a leaf
+    was first used, and a capture may have nothing to do with the default stream."""
+    fresh = [t.detach().requires_grad_(grad) for t in leaves]
+    out = layer(fresh)
+    return [out.detach(), *(torch.autograd.grad(out, fresh, torch.ones_like(out)) if grad else ())]
+
+
+def graph(device) -> None:
+    """Forward and backward captured once, replayed 20 times with other tokens and routes."""
+    group = dist.group.WORLD
+    peers = Peers(group, timeout_s=10)
+    leaves, expert, E = inputs(device, 40 + dist.get_rank(), 64, 32, 3, torch.bfloat16, "random")
+    error_of_capture = ""
+    for grad in (False, True):
+        def run(grad=grad):
+            return on_fresh(lambda fresh: ours(fresh, expert, E, peers), leaves, grad)
+
+        with torch.cuda.stream(torch.cuda.Stream()):
+            run()
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+            got = run()
+        for turn in range(20):
+            other, ids, _ = inputs(device, 40 + dist.get_rank(), 64, 32, 3, torch.bfloat16, "random", turn)
+            with torch.no_grad():
+                for leaf, value in zip(leaves, other, strict=True):
+                    leaf.copy_(value)
+            expert.copy_(ids)
+            if dist.get_rank() == turn % world():
+                time.sleep(0.01)                                  # ranks drift apart
+            captured.replay()
+            want = on_fresh(lambda fresh: plain(fresh, expert, E, group), leaves, grad)
+            compare(got, want, 64 + 32 + 100, f"replay {turn}")
+    other, ids, _ = inputs(device, 4, 8, 8, 1, torch.bfloat16, "random")
+    try:                                                          # a layer nobody agreed on, inside a capture
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            ours(other, ids, E, peers)
+    except RuntimeError as error:
+        error_of_capture = str(error)
+    assert "run it once before" in error_of_capture, error_of_capture
+    peers.close()
+    settle()
+
+
+def disagreement(device, what: str) -> None:
+    """One rank with another D, K, dtype, number of experts or need of gradients: one error on all."""
+    peers = Peers(dist.group.WORLD, timeout_s=10)
+    odd = dist.get_rank() == world() - 1
+    D, K, dtype, kind = 16, 2, torch.float32, "random"
+    if odd:
+        D, K = (24 if what == "D" else D), (3 if what == "K" else K)
+        dtype = torch.bfloat16 if what == "dtype of x" else dtype
+        kind = "wide" if what == "number of experts" else kind
+    leaves, expert, E = inputs(device, 4, D, 8, K, dtype, kind)
+    if odd and what == "need of gradients":
+        leaves = [t.detach() for t in leaves]
+    text = error_of(ValueError, ours, leaves, expert, E, peers)
+    assert f"disagree on {what}: [" in text, text
+    assert len(set(everyone(text))) == 1
+    leaves, expert, E = inputs(device, 4, 16, 8, 2, torch.float32, "random")
+    both(leaves, expert, E, peers, dist.group.WORLD, "after it")
+    peers.close()
+    settle()
+
+
+def refusals(device) -> None:
+    """Caps, and what cannot be sent: before anything is."""
+    group = dist.group.WORLD
+    leaves, expert, E = inputs(device, 4, 16, 8, 2, torch.float32, "random")
+    capped = Peers(group, cap_bytes=1000 if dist.get_rank() == 0 else None, timeout_s=10)
+    text = error_of(ValueError, ours, leaves, expert, E, capped)
+    assert "the cap is 1000" in text and len(set(everyone(text))) == 1, text
+    peers = Peers(group, timeout_s=10)
+    x, weight, *weights = (t.detach() for t in leaves)
+    for words, args in [("x is", (x.double(), weight, expert)), ("x is", (x.cpu(), weight, expert)),
+                        ("weight is", (x, weight[:2], expert)), ("expert is", (x, weight, expert.long())),
+                        ("width", (x[:, :8], weight, expert))]:
+        text = error_of(ValueError, moe, *args, *weights[:2], experts=E, peers=peers)
+        assert f"p2p: {words}" in text or words in text, text
+    assert "must be" in error_of(ValueError, moe, x, weight, expert, *weights[:2], experts=E + 1, peers=peers)
+    assert "tokens is 0" in error_of(ValueError, Peers, group, tokens=0)
+
+
+def broken(device, how: str) -> None:
+    """A rank that cannot go on: the others have an error that names it, within their timeout."""
+    peers = Peers(dist.group.WORLD, timeout_s=2)
+    odd = world() - 1
+    def call(T=4, D=16, seed=0):
+        leaves, expert, E = inputs(device, T, D, 8, 2, torch.float32, "random", seed)
+        return ours(leaves, expert, E, peers)
+    first = call()
+    other = call(D=24)
+    (other.sum() + first.sum()).backward()
+    torch.cuda.synchronize()
+    said, start = "", time.time()
+    try:
+        if dist.get_rank() == odd:
+            if how == "overflow":
+                call(T=1000)
+            if how == "mismatch":
+                call(D=24)
+            if how == "absent":
+                time.sleep(3)
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if dist.get_rank() != odd or how not in ("overflow", "absent"):
+            out = call()
+            torch.cuda.synchronize()
+            assert out.isnan().all(), "a result without its peer"
+            call()
+    except (RuntimeError, ValueError) as error:
+        said = str(error)
+    # of two ranks in different layers one may hear from the other that it failed before it looks itself
+    wanted = dict(overflow=["tokens=N"], mismatch=["another layer", "which failed"]).get(how, ["has stopped"])
+    if dist.get_rank() != odd or how not in ("absent", "kill"):
+        assert any(words in said for words in wanted), f"{said!r}"
+        assert time.time() - start < 2 + 4, "later than the timeout"
+    if dist.get_rank() != odd:
+        assert f"of rank {odd}" in said or world() > 2, said
+    if how == "mismatch":
+        assert any("another layer" in text for text in everyone(said))
+    print(f"survived: {said}", flush=True)
+    if how == "kill":
+        os._exit(0)                            # the process group's own goodbye would wait for the dead
