@@ -31,8 +31,10 @@ def examine() -> dict[str, Any]:
         "cuda_driver_api": _driver_api(), "driver": driver, "driver_needed": MIN_DRIVER,
         "nccl": _nccl(), "backends": _backends(), "cpu": _cpu(),
         "gpus": gpus, "links": _links(len(gpus)), "cuda_kernels_built": cuda_built,
-        "operators": _operators(cuda_built), "transport": "c10d",
+        "operators": _operators(cuda_built), "priority_off": getattr(_extension(), "priority_off", str)(),
+        "profile": _profile(len(gpus)),
     }
+    found["transports"] = _transports(found)
     found["paths"] = _paths(found)
     return found
 
@@ -150,6 +152,27 @@ def _operators(cuda_built: bool) -> dict[str, dict[str, bool]]:
             for name in names}
 
 
+def _transports(found: dict[str, Any]) -> dict[str, str | None]:
+    """By transport of ``lina.mesh(ep, transport=...)``, why it does not work here; None: it does."""
+    gpus, nccl = len(found["gpus"]), found["nccl"]
+    missing = "no GPU" if not gpus else None if found["cuda_kernels_built"] else "lina is built without CUDA"
+    old = "torch has no NCCL" if nccl is None else \
+        f"NCCL {nccl} is older than 2.18" if tuple(map(int, nccl.split(".")))[:2] < (2, 18) else None
+    apart = [f"{p['from']}-{p['to']}" for p in found["links"] if not p["peer_access"]]
+    alone = "a single GPU" if gpus < 2 else \
+        f"no peer access between GPUs {', '.join(apart)}" if apart else None
+    return {"c10d": None if any(found["backends"].values()) else "torch has no backend",
+            "nccl": missing or old, "p2p": missing or alone}
+
+
+def _profile(gpus: int) -> dict[str, Any]:
+    """Where ``lina profile`` keeps this machine's cost model, and whether it is there."""
+    from lina import parallel
+
+    path = parallel.default_path("cuda" if gpus else "cpu", gpus or 2)
+    return {"path": str(path), "there": os.path.isfile(path)}
+
+
 def _paths(found: dict[str, Any]) -> list[str]:
     """Which path a call takes, and why, one line each."""
     cpu, gpus = found["cpu"], found["gpus"]
@@ -176,7 +199,11 @@ def _paths(found: dict[str, Any]) -> list[str]:
     backends = found["backends"]
     reason = "NCCL on GPUs" if gpus and backends["nccl"] else \
         "gloo on the CPU" if backends["gloo"] else "no backend"
-    lines.append(f"several ranks: transport c10d over {reason}")
+    lines.append(f"several ranks: transport c10d over {reason}, unless lina.mesh is given another")
+    if found["gpus"]:
+        off = found["priority_off"]
+        lines.append("gradients: " + (f"give way to nothing, {off}" if off else
+                                      "give way to all-to-alls on the device, with transport nccl"))
     blocked = [f"{p['from']}-{p['to']}" for p in found["links"] if not p["peer_access"]]
     if blocked:
         lines.append(f"links: no peer access between GPUs {', '.join(blocked)}; "
@@ -219,6 +246,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         links = "NVLinks unknown" if pair["nvlinks"] is None else f"{pair['nvlinks']} NVLinks"
         peer = "peer access" if pair["peer_access"] else "no peer access"
         out.append(f"link {pair['from']}-{pair['to']}    {peer}, {links}")
+    for name, why in found["transports"].items():
+        out.append(f"transport   {name}: {why or 'works here'}")
+    there = "" if found["profile"]["there"] else ", not there yet: run lina profile"
+    out.append(f"profile     {found['profile']['path']}{there}")
     for name, on in found["operators"].items():
         kernels = [device.upper() for device in ("cpu", "cuda") if on[device]]
         out.append(f"operator    {name}: {' and '.join(kernels) or 'no kernel'}")

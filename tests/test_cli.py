@@ -170,7 +170,7 @@ def test_doctor(capsys, tmp_path):
     for name in ("combine_bwd", "combine_fwd", "experts_bwd", "experts_fwd", "gate_bwd", "gate_fwd", "sort"):
         assert found["operators"][name]["cpu"]
     assert len(found["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    assert all(word in out for word in ("lina ", "torch ", "path "))
+    assert all(word in out for word in ("lina ", "torch ", "path ", "transport   c10d: works here"))
     bad = str(tmp_path / "none" / "d.json")
     code, again, err = _main(capsys, "doctor", "--json", bad)
     assert code == cli.BAD_OPTION and again == out
@@ -179,7 +179,8 @@ def test_doctor(capsys, tmp_path):
 
 GPU = {"name": "X", "capability": "9.0", "memory_gib": 1.0, "sms": 1}
 HAS = dict(torch_cuda="13.0", cuda_kernels_built=True, driver="580.65.06", gpus=[GPU],
-           links=[], backends={"gloo": True, "nccl": True})
+           links=[], backends={"gloo": True, "nccl": True}, nccl="2.28.9", priority_off=None)
+PAIR = [{"from": 0, "to": 1, "peer_access": True, "nvlinks": 18}]
 
 
 @pytest.mark.parametrize("change,line", [
@@ -193,10 +194,26 @@ HAS = dict(torch_cuda="13.0", cuda_kernels_built=True, driver="580.65.06", gpus=
     ({"gpus": [], "torch_cuda": None}, "CUDA tensors: none, torch is a CPU build"),
     ({"links": [{"from": 0, "to": 1, "peer_access": False, "nvlinks": 0}]},
      "no peer access between GPUs 0-1"),
+    ({}, "give way to all-to-alls on the device"),
+    ({"priority_off": "CUDA_DEVICE_MAX_CONNECTIONS=1"}, "give way to nothing, CUDA_DEVICE_MAX_CONNECTIONS=1"),
 ])
 def test_doctor_says_which_path_and_why(change, line):
     cpu = {"level": "x86-64-v3 (AVX2)", "threads": 2}
     assert line in "\n".join(doctor._paths({**HAS, "cpu": cpu, **change}))
+
+
+@pytest.mark.parametrize("change,nccl,p2p", [
+    ({"gpus": [GPU, GPU], "links": PAIR}, None, None),
+    ({}, None, "a single GPU"),
+    ({"gpus": [GPU, GPU], "links": [{**PAIR[0], "peer_access": False}]}, None,
+     "no peer access between GPUs 0-1"),
+    ({"nccl": "2.17.1"}, "NCCL 2.17.1 is older than 2.18", "a single GPU"),
+    ({"nccl": None}, "torch has no NCCL", "a single GPU"),
+    ({"cuda_kernels_built": False}, "lina is built without CUDA", "lina is built without CUDA"),
+    ({"gpus": []}, "no GPU", "no GPU"),
+])
+def test_doctor_says_which_transports_work(change, nccl, p2p):
+    assert doctor._transports({**HAS, **change}) == {"c10d": None, "nccl": nccl, "p2p": p2p}
 
 
 def test_trace_command(capsys, tmp_path):
