@@ -3,7 +3,7 @@
 #   make demo       install lina and train a small language model on this machine
 #   make test       install lina with its tests and run them all
 #   make gpu-test   the tests that need an NVIDIA GPU; fails where there is none
-#   make sanitize   the C core under ASan and UBSan; the kernels under compute-sanitizer where a GPU is
+#   make sanitize   the C core under ASan, UBSan and TSan; the kernels under compute-sanitizer where a GPU is
 #   make lint       ruff, mypy, clang-format
 #   make format     lays C sources out as make lint wants them
 #   make wheel      a wheel in dist/
@@ -81,7 +81,7 @@ CALLS ?= 100000
 SEED ?= 1
 SANITIZE := -std=c11 -g -O1 -fno-omit-frame-pointer -fexceptions -Wall -Wextra -fsanitize=address,undefined \
   -fno-sanitize-recover=undefined -DLINA_CUDA=0 -Icsrc -Itests
-# module*.c are the Python side and comm the GPUs'; everything else runs without Python, torch and CUDA.
+# module*.c are the Python side and comm the GPUs' (below); everything else runs without Python, torch and CUDA.
 CORE := $(filter-out csrc/module%.c csrc/comm/%,$(shell find csrc -name '*.c'))
 FUZZ := build/fuzz
 
@@ -104,11 +104,32 @@ $(FUZZ)/simulate: tests/fuzz_simulate.c csrc/error.h $(wildcard csrc/plan/*.h) $
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) -o $@ $< $(PLAN) -lm
 
-sanitize-cpu: $(FUZZ)/fuzz $(FUZZ)/plan $(FUZZ)/simulate
+# csrc/comm over a fake CUDA and a fake NCCL: no GPU and no header of CUDA's is needed. peers needs kernels.
+ROUNDS ?= 200
+COMM := $(filter-out csrc/comm/peers%,$(wildcard csrc/comm/*.c)) csrc/nccl_abi.c csrc/plan/policy.c csrc/plan/link.c csrc/error.c
+COMM_FLAGS := $(filter-out -DLINA_CUDA=% -fsanitize=% -fno-sanitize-%,$(SANITIZE)) -DLINA_CUDA=1 -isystem tests/fake_cuda
+flags_thread := -fsanitize=thread
+flags_address := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+FAKE_NCCL := $(wildcard tests/fake_cuda*.c tests/fake_stream.c tests/fake_nccl*.c)
+# Some kernels spread addresses wider than an older ThreadSanitizer can follow.
+NEAR := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+$(FUZZ)/%/libnccl.so.2: $(FAKE_NCCL) $(wildcard tests/fake_*.h tests/fake_cuda/*.h) csrc/nccl_abi.h
+	@mkdir -p $(@D)
+	$(CC) $(COMM_FLAGS) $(flags_$*) -fPIC -shared -Wl,-soname,libnccl.so.2 -o $@ $(FAKE_NCCL) -lpthread
+
+# thread, address, or plain: no sanitizer.
+.PRECIOUS: $(FUZZ)/%/libnccl.so.2
+$(FUZZ)/%/comm: $(FUZZ)/%/libnccl.so.2 $(wildcard tests/fuzz_comm*.[ch] csrc/comm/*.h csrc/plan/*.h) $(COMM)
+	$(CC) $(COMM_FLAGS) $(flags_$*) -o $@ $(wildcard tests/fuzz_comm*.c) $(COMM) $< -lm -ldl -lpthread
+
+sanitize-cpu: $(FUZZ)/fuzz $(FUZZ)/plan $(FUZZ)/simulate $(FUZZ)/thread/comm $(FUZZ)/address/comm
 	LD_LIBRARY_PATH=$(FUZZ)/new $< $(CALLS) $(SEED)
 	LD_LIBRARY_PATH=$(FUZZ)/old $< $$(( $(CALLS) / 10 )) $(SEED)
 	$(FUZZ)/plan $(CALLS) $(SEED)
 	$(FUZZ)/simulate $(CALLS) $(SEED)
+	LD_LIBRARY_PATH=$(FUZZ)/thread $(NEAR) $(FUZZ)/thread/comm $(ROUNDS) $(SEED)
+	LD_LIBRARY_PATH=$(FUZZ)/address $(FUZZ)/address/comm $(ROUNDS) $(SEED)
 
 sanitize-gpu:
 ifeq ($(GPU),)

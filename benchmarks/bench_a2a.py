@@ -1,6 +1,6 @@
 """Tokens between GPUs: stores into peers' memory against NCCL, by size; a round in a graph.
 
-    torchrun --standalone --nproc-per-node gpu benchmarks/bench_a2a.py [--sms N ..] [--json FILE]
+    torchrun --standalone --nproc-per-node gpu benchmarks/bench_a2a.py [--sms N ..] [--ways W ..] [--json F]
 
 Bandwidth counts the bytes that leave a GPU. p2p: rows to the other ranks and the wait for theirs (dispatch),
 and back with the sum (collect). NCCL's all_to_all_single: equal parts to every
@@ -73,6 +73,7 @@ class Exchange:
         self.weight_R = torch.empty(ep * layer.C, K, device="cuda")
         self.expert_R = torch.empty(ep * layer.C, K, dtype=torch.int32, device="cuda")
         self.y = torch.empty(ep * layer.C, D, device="cuda", dtype=torch.bfloat16)
+        self.pairs: tuple[Tensor | None, Tensor | None] = None, None       # rows of y and weights, by pair
         self.rows = peers.rows(layer, D, torch.bfloat16)
 
     def dispatch(self) -> None:
@@ -80,8 +81,14 @@ class Exchange:
                             self.weight_R, self.expert_R)
 
     def collect(self) -> Tensor:
-        return self.round.collect("collect", self.y, None, None, None, self.slot, self.count, self.expert,
+        return self.round.collect("collect", self.y, *self.pairs, None, self.slot, self.count, self.expert,
                                   None)
+
+    def by_pair(self) -> None:
+        """From here on rows that come back are summed over their experts first, as a layer's forward does."""
+        rows = torch.ops.lina.sort(self.expert_R, self.round.E // self.round.peers.ep)
+        self.y = torch.randn(len(rows[1]), self.round.D, device="cuda", dtype=torch.bfloat16)
+        self.pairs = rows[2], self.weight_R
 
     def both(self) -> None:
         self.dispatch()
@@ -135,6 +142,16 @@ def by_size(peers: Peers, megabytes: int, note: str = "") -> dict:
     return row(f"{megabytes} MB out{note}", dict.fromkeys(times, size) | {"round": 2 * size}, times)
 
 
+def layer_back(peers: Peers, T: int, D: int, K: int, E: int, note: str = "") -> dict:
+    """collect with the sum over a row's experts in it."""
+    case = Exchange(peers, T, D, K, E)
+    case.check()
+    case.by_pair()
+    away = (case.slot >= 0).sum() - (case.slot[:, peers.rank] >= 0).sum()
+    return row(f"{T=} {D=} {K=}{note}", {"collect": 2 * int(away) * D},
+               {"collect": time_us(case.collect, before=case.dispatch)})
+
+
 def decode(peers: Peers, T: int, D: int, K: int, E: int) -> dict:
     """A whole round, both ways, as a CUDA graph runs it."""
     case = Exchange(peers, T, D, K, E)
@@ -147,6 +164,8 @@ def decode(peers: Peers, T: int, D: int, K: int, E: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sms", type=int, nargs="*", default=[], help="64 MB also with so many SMs")
+    parser.add_argument("--ways", nargs="*", default=[],
+                        help="stores, bulk, split: ways to send, by LINA_P2P_WAY; sizes from 4 MB")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -159,7 +178,14 @@ def main() -> None:
     peers = Peers(dist.group.WORLD, timeout_s=5)
     rows = [decode(peers, 128, 7168, 8, 256), decode(peers, 128, 2048, 8, 128)]
     rows += [by_size(peers, megabytes) for megabytes in MEGABYTES]
-    rows += [decode(peers, 8192, 2048, 8, 128)]
+    rows += [decode(peers, 8192, 2048, 8, 128), layer_back(peers, 8192, 2048, 8, 128)]
+    for way in args.ways:
+        os.environ["LINA_P2P_WAY"] = way             # read at each launch
+        rows += [by_size(peers, megabytes, f", {way}") for megabytes in MEGABYTES[1:]]
+        rows.append(layer_back(peers, 8192, 2048, 8, 128, f", {way}"))
+        for sms in args.sms:
+            rows.append(by_size(Peers(dist.group.WORLD, timeout_s=5, sms=sms), 64, f", {sms} SMs, {way}"))
+    os.environ.pop("LINA_P2P_WAY", None)
     for sms in args.sms:
         rows.append(by_size(Peers(dist.group.WORLD, timeout_s=5, sms=sms), 64, f", {sms} SMs"))
     peers.check()

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/bench_priority.py [--a2a-mb 32] [--reduce-mb 128]
 
 Every rank starts the all-reduce, computes for --compute-us, then exchanges, as a backward pass does.
-With priority it says --lead micro-ops earlier that the exchange is imminent. `a2a` is from the end of
+With priority it says --lead micro-ops earlier that the exchange is imminent (--peer-lead-us before
+it, with the kernel over peers' memory, which pauses between tiles). `a2a` is from the end of
 that computation, on the rank that ends it last, to the end of the all-to-all; `both` is from the start
 of the all-reduce to the end of what ends last, against the sum of both alone. Medians over runs.
 Results are checked before and after.
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lina.parallel import nccl
+from lina.parallel.peer_reduce import PeerReducer
 
 
 class Bench:
@@ -48,7 +50,7 @@ class Bench:
         stop.synchronize()
         return 10_000_000 / (start.elapsed_time(stop) * 1e-3)
 
-    def check(self, reducer: nccl.Reducer) -> None:
+    def check(self, reducer: nccl.Reducer | PeerReducer) -> None:
         torch.manual_seed(self.rank)
         flat = torch.randn(self.flat.numel(), device=self.device).bfloat16()
         want = flat.float()
@@ -63,7 +65,8 @@ class Bench:
         self.transport.start("check", self.out, self.inp, self.splits, self.splits).wait()
         assert torch.equal(self.out, want_out), "all-to-all"
 
-    def run(self, a2a: str | None, reduce: str | None, reducer: nccl.Reducer | None) -> tuple[float, float]:
+    def run(self, a2a: str | None, reduce: str | None,
+            reducer: nccl.Reducer | PeerReducer | None) -> tuple[float, float]:
         """Milliseconds of the all-to-all and of both; each "torch", "lina" or None."""
         comp = torch.cuda.current_stream()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
@@ -106,6 +109,15 @@ class Bench:
         dist.all_reduce(both := both.contiguous(), dist.ReduceOp.MAX)
         return statistics.median(last_ready.tolist()), statistics.median(both.tolist())
 
+    def measure(self, rows: dict[str, tuple[float, float]], name: str, reducer: nccl.Reducer | PeerReducer,
+                lead_us: float) -> None:
+        self.check(reducer)
+        self.lead_s = min(lead_us, self.args.compute_us) * 1e-6
+        rows[f"all-reduce alone, {name}"] = self.median(None, "lina", reducer)
+        rows[f"lina, {name}"] = self.median("lina", "lina", reducer)
+        self.check(reducer)
+        reducer.close()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -115,6 +127,11 @@ def main() -> None:
     parser.add_argument("--lead", type=float, default=1.5)
     parser.add_argument("--micro-us", default="50,100,200,400,800")
     parser.add_argument("--ctas", default="0")
+    parser.add_argument("--reducer", default="nccl", help="nccl, peers or both, by comma")
+    parser.add_argument("--blocks", default="16,24,32", help="of the kernel over peers' memory")
+    parser.add_argument("--tile-kb", default="32,64,128")
+    parser.add_argument("--scatter", default="0", help="0, 1 or both: whether ranks sum parts of tiles")
+    parser.add_argument("--peer-lead-us", type=float, default=10)
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -134,15 +151,21 @@ def main() -> None:
     alone = rows["a2a alone"][0]
     total = alone + rows["all-reduce alone"][1]
     rate = (args.reduce_mb << 20) / (rows["all-reduce alone"][1] * 1e-3)
-    for ctas in map(int, args.ctas.split(",")):
-        for micro in map(float, args.micro_us.split(",")):
-            reducer = nccl.Reducer(dist.group.WORLD, (20e-6, 1 / rate), micro * 1e-6, ctas)
-            name = f"micro-ops of {micro:.0f} us, {reducer.micro_op_bytes / 2**20:.1f} MB, {ctas} CTAs"
-            bench.lead_s = min(args.lead * micro, args.compute_us) * 1e-6
-            rows[f"all-reduce alone, {name}"] = bench.median(None, "lina", reducer)
-            rows[f"lina, {name}"] = bench.median("lina", "lina", reducer)
-            bench.check(reducer)
-            reducer.close()
+    kinds = args.reducer.split(",")
+    if "nccl" in kinds:
+        for ctas in map(int, args.ctas.split(",")):
+            for micro in map(float, args.micro_us.split(",")):
+                reducer = nccl.Reducer(dist.group.WORLD, (20e-6, 1 / rate), micro * 1e-6, ctas)
+                name = f"micro-ops of {micro:.0f} us, {reducer.micro_op_bytes / 2**20:.1f} MB, {ctas} CTAs"
+                bench.measure(rows, name, reducer, args.lead * micro)
+    if "peers" in kinds:
+        for scatter in (bool(int(n)) for n in args.scatter.split(",")):
+            for blocks in map(int, args.blocks.split(",")):
+                for tile in map(int, args.tile_kb.split(",")):
+                    over = PeerReducer(dist.group.WORLD, blocks=blocks, tile_bytes=tile << 10,
+                                       scatter=scatter or bench.size > 2)
+                    name = f"peers, {blocks} blocks, tiles of {tile} KB" + ", scatter" * scatter
+                    bench.measure(rows, name, over, args.peer_lead_us)
     for name, (a2a, both) in rows.items():
         say(f"{name:62s} a2a {a2a:7.3f} ms x{a2a / alone:5.2f}   both {both:7.3f} ms x{both / total:5.2f}")
     if args.json and bench.rank == 0:

@@ -1,7 +1,8 @@
 /* module_peers.c - what csrc/comm offers over peers' memory, for Python: functions on a
- * capsule, tensors as addresses. lina/parallel/p2p.py is their only caller; it
- * answers for what the addresses point to. */
+ * capsule, tensors as addresses. Only lina/parallel's p2p.py, peers.py and peer_reduce.py call
+ * them, and answer for what the addresses point to. */
 #include "comm/peers.h"
+#include "comm/peers_reduce.h"
 #include "error.h"
 #include "module.h"
 
@@ -38,6 +39,22 @@ static PyObject *make(PyObject *self, PyObject *args) {
     return NULL;
   Py_BEGIN_ALLOW_THREADS rc =
       lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms);
+  Py_END_ALLOW_THREADS if (rc != LINA_OK) return raise_error(rc);
+  PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
+  if (!capsule) lina_peers_free(p);
+  return capsule;
+}
+
+static PyObject *reduce_make(PyObject *self, PyObject *args) {
+  int rank, ep, blocks, scatter, rc;
+  long long tile_bytes;
+  double timeout_s;
+  lina_peers *p;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "iiiLpd", &rank, &ep, &blocks, &tile_bytes, &scatter, &timeout_s))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS rc =
+      lina_peers_reduce_make(&p, rank, ep, blocks, tile_bytes, scatter, timeout_s);
   Py_END_ALLOW_THREADS if (rc != LINA_OK) return raise_error(rc);
   PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
   if (!capsule) lina_peers_free(p);
@@ -87,18 +104,19 @@ static PyObject *dispatch(PyObject *self, PyObject *args) {
   void *stream;
   lina_peers_dispatch_args a = {0};
   unsigned tag;
+  int priority;
   long long T, C, K, E, row_bytes;
   (void)self;
-  if (!PyArg_ParseTuple(args, "OO&ILLLLLO&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag, &T, &C,
-                        &K, &E, &row_bytes, address, &a.x, address, &a.expert, address, &a.weight,
-                        address, &a.slot, address, &a.count, address, &a.x_out, address,
-                        &a.weight_out, address, &a.expert_out))
+  if (!PyArg_ParseTuple(args, "OO&IpLLLLLO&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag,
+                        &priority, &T, &C, &K, &E, &row_bytes, address, &a.x, address, &a.expert,
+                        address, &a.weight, address, &a.slot, address, &a.count, address, &a.x_out,
+                        address, &a.weight_out, address, &a.expert_out))
     return NULL;
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
   a.links.tag = tag;
   a.T = T, a.C = C, a.K = K, a.E = E, a.row_bytes = row_bytes;
-  return none_or_error(lina_peers_dispatch(p, &a, stream));
+  return none_or_error(lina_peers_dispatch(p, &a, priority, stream));
 }
 
 static PyObject *collect(PyObject *self, PyObject *args) {
@@ -106,18 +124,36 @@ static PyObject *collect(PyObject *self, PyObject *args) {
   void *stream;
   lina_peers_collect_args a = {0};
   unsigned tag;
+  int priority;
   long long T, C, K, E, D;
   (void)self;
-  if (!PyArg_ParseTuple(args, "OO&ILLLLLiO&O&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag, &T,
-                        &C, &K, &E, &D, &a.dtype, address, &a.y, address, &a.pair_row, address,
-                        &a.weight, address, &a.dweight, address, &a.slot, address, &a.count,
-                        address, &a.expert, address, &a.out, address, &a.dweight_out))
+  if (!PyArg_ParseTuple(args, "OO&IpLLLLLiO&O&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag,
+                        &priority, &T, &C, &K, &E, &D, &a.dtype, address, &a.y, address,
+                        &a.pair_row, address, &a.weight, address, &a.dweight, address, &a.slot,
+                        address, &a.count, address, &a.expert, address, &a.out, address,
+                        &a.dweight_out))
     return NULL;
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
   a.links.tag = tag;
   a.T = T, a.C = C, a.K = K, a.E = E, a.D = D;
-  return none_or_error(lina_peers_collect(p, &a, stream));
+  return none_or_error(lina_peers_collect(p, &a, priority, stream));
+}
+
+static PyObject *reduce(PyObject *self, PyObject *args) {
+  PyObject *capsule;
+  void *stream;
+  lina_peers_reduce_args a = {0};
+  long long tile_bytes, count;
+  int scatter, mean, gently;
+  (void)self;
+  if (!PyArg_ParseTuple(args, "OO&iLpO&Lipp", &capsule, address, &stream, &a.blocks, &tile_bytes,
+                        &scatter, address, &a.data, &count, &a.dtype, &mean, &gently))
+    return NULL;
+  lina_peers *p = peers_of(capsule);
+  if (!p) return NULL;
+  a.tile_bytes = tile_bytes, a.count = count, a.scatter = scatter, a.mean = mean;
+  return none_or_error(lina_peers_reduce(p, &a, gently, stream));
 }
 
 static PyObject *check(PyObject *self, PyObject *capsule) {
@@ -161,6 +197,8 @@ static PyMethodDef methods[] = {
     {"peers_rows", rows, METH_O, NULL},
     {"peers_dispatch", dispatch, METH_VARARGS, NULL},
     {"peers_collect", collect, METH_VARARGS, NULL},
+    {"peers_reduce_make", reduce_make, METH_VARARGS, NULL},
+    {"peers_reduce", reduce, METH_VARARGS, NULL},
     {"peers_check", check, METH_O, NULL},
     {"peers_stop", stop, METH_VARARGS, NULL},
     {"peers_abort", abort_waits, METH_O, NULL},

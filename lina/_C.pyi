@@ -170,15 +170,21 @@ def peers_export(peers: object, /) -> bytes: ...
 def peers_open(peers: object, ep: int, exports: bytes) -> None: ...
 def peers_rows(peers: object, /) -> int: ...
 def peers_dispatch(
-    peers: object, stream: int, tag: int, T: int, C: int, K: int, E: int, row_bytes: int, x: int | None,
-    expert: int | None, weight: int | None, slot: int | None, count: int | None, x_out: int | None,
-    weight_out: int | None, expert_out: int | None,
+    peers: object, stream: int, tag: int, priority: bool, T: int, C: int, K: int, E: int, row_bytes: int,
+    x: int | None, expert: int | None, weight: int | None, slot: int | None, count: int | None,
+    x_out: int | None, weight_out: int | None, expert_out: int | None,
 ) -> None: ...  # fmt: skip
 def peers_collect(
-    peers: object, stream: int, tag: int, T: int, C: int, K: int, E: int, D: int, dtype: int, y: int | None,
-    pair_row: int | None, weight: int | None, dweight: int | None, slot: int | None, count: int | None,
-    expert: int | None, out: int | None,
-    dweight_out: int | None,
+    peers: object, stream: int, tag: int, priority: bool, T: int, C: int, K: int, E: int, D: int, dtype: int,
+    y: int | None, pair_row: int | None, weight: int | None, dweight: int | None, slot: int | None,
+    count: int | None, expert: int | None, out: int | None, dweight_out: int | None,
+) -> None: ...  # fmt: skip
+def peers_reduce_make(
+    rank: int, ep: int, blocks: int, tile_bytes: int, scatter: bool, timeout_s: float, /
+) -> object: ...
+def peers_reduce(
+    peers: object, stream: int, blocks: int, tile_bytes: int, scatter: bool, data: int, count: int,
+    dtype: int, mean: bool, gently: bool, /
 ) -> None: ...  # fmt: skip
 def peers_check(peers: object, /) -> None: ...
 def peers_stop(peers: object, stream: int, overflow: bool) -> None: ...

@@ -132,7 +132,7 @@ PY_TABLE = {
     "tracefile": set(),
     "tracing": {"tracefile"},
     "train": {"", "tracing", "tracefile", "reference"},
-    "doctor": {"", "_C", "train"},
+    "doctor": {"", "_C", "parallel", "train"},
     "profile": {"", "_C", "parallel", "train"},
     "simulate": {"_C"},
     "cli": {"", "doctor", "profile", "simulate", "train", "tracefile"},

@@ -39,9 +39,8 @@ static void abort_apart(lina_comm *c) {
 /* Keeps the first reason; aborting tells the kernels in flight to end. */
 static void fail(lina_comm *c, const char *reason) {
   if (atomic_load(&c->failed)) return;
-  (void)lina_error(LINA_EPEER, "%s: rank %d of %d: %s", c->options.name, c->options.rank,
-                   c->options.size, reason);
-  strncpy(c->reason, lina_error_text(), sizeof c->reason - 1);
+  snprintf(c->reason, sizeof c->reason, "%s: rank %d of %d: %s", c->options.name, c->options.rank,
+           c->options.size, reason);
   atomic_store(&c->failed, true);
   lina_priority_watch(lina_watch_now(), true); /* no stream may wait while NCCL ends its kernels */
   abort_apart(c);
@@ -58,8 +57,12 @@ static int settle(lina_comm *c, int code) {
   while (code == LINA_NCCL_IN_PROGRESS) {
     if (lina_nccl.ncclCommGetAsyncError(c->nccl, &code) != LINA_NCCL_SUCCESS) code = 3;
     if (code != LINA_NCCL_IN_PROGRESS) break;
-    if (lina_watch_now() - start > c->options.timeout_s) {
-      fail(c, "the other ranks did not answer in time; one has stopped, or hangs");
+    const char *reason = NULL;
+    if (atomic_load(&c->closing)) reason = "closed by another thread";
+    if (lina_watch_now() - start > c->options.timeout_s)
+      reason = "the other ranks did not answer in time; one has stopped, or hangs";
+    if (reason) {
+      fail(c, reason);
       return lina_comm_check(c);
     }
     nanosleep(&nap, NULL);
@@ -74,8 +77,18 @@ static int settle(lina_comm *c, int code) {
 
 /* ---- life ---- */
 
-int lina_comm_id(char id[LINA_COMM_ID_BYTES]) {
+/* Finds NCCL's functions and the driver's; several threads may make communicators. */
+static int load(void) {
+  static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_lock(&loading);
   int rc = lina_nccl_load();
+  if (rc == LINA_OK) rc = lina_memop_load();
+  pthread_mutex_unlock(&loading);
+  return rc;
+}
+
+int lina_comm_id(char id[LINA_COMM_ID_BYTES]) {
+  int rc = load();
   if (rc != LINA_OK) return rc;
   int code = lina_nccl.ncclGetUniqueId((lina_nccl_id *)id);
   if (code == LINA_NCCL_SUCCESS) return LINA_OK;
@@ -108,8 +121,7 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
   if (!(options->timeout_s > 0))
     return lina_error(LINA_EINVAL, "%s: timeout_s=%g, must be above 0", options->name,
                       options->timeout_s);
-  int rc = lina_nccl_load();
-  if (rc == LINA_OK) rc = lina_memop_load();
+  int rc = load();
   if (rc == LINA_OK) rc = lina_watch_start();
   if (rc != LINA_OK) return rc;
   lina_comm *c = calloc(1, sizeof *c);
@@ -138,6 +150,9 @@ void lina_comm_free(lina_comm *c) {
       break;
     }
   pthread_mutex_unlock(&list);
+  atomic_store(&c->closing, true);
+  pthread_mutex_lock(&c->lock); /* until the call that another thread is in has returned */
+  pthread_mutex_unlock(&c->lock);
   abort_apart(c); /* the word stays: a stream may still write it */
   pthread_mutex_destroy(&c->lock);
   free(c);
@@ -172,7 +187,7 @@ int lina_comm_took(lina_comm *c, int code, void *stream) {
 
 static void watch_one(lina_comm *c, double now_s) {
   int state = LINA_NCCL_SUCCESS;
-  uint32_t done = *c->done;
+  uint32_t done = atomic_load(c->done);
   bool idle = done == atomic_load(&c->issued);
   if (atomic_load(&c->failed)) return;
   if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;

@@ -40,7 +40,8 @@ int lina_comm_id(char id[LINA_COMM_ID_BYTES]);
 int lina_comm_create(lina_comm **out, const lina_comm_options *options,
                      const char id[LINA_COMM_ID_BYTES]);
 
-/* Aborts what is in flight. NULL is fine. */
+/* Aborts what is in flight. A call that another thread is in returns LINA_EPEER first;
+ * none may follow. NULL is fine. */
 void lina_comm_free(lina_comm *comm);
 
 /* LINA_OK, or LINA_EPEER with the reason. */

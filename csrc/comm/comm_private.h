@@ -12,11 +12,11 @@ struct lina_comm {
   lina_comm_options options;
   lina_nccl_comm nccl;               /* NULL once aborted */
   pthread_mutex_t lock;              /* held by whoever calls NCCL with it */
-  _Atomic bool failed;
+  _Atomic bool failed, closing;
   char reason[512];                  /* written once, before `failed` */
   /* Progress: operations issued, and ended as the stream counts them. */
   _Atomic uint32_t issued;
-  volatile uint32_t *done;
+  _Atomic uint32_t *done;
   uint32_t *done_on_device;
   uint32_t seen;                     /* the watch thread's */
   double progress_s;

@@ -39,6 +39,8 @@ int lina_comm_all_to_all(lina_comm *c, const lina_all_to_all *a, int how, void *
   LINA_TRY(lina_comm_took(c, exchange(c, a, stream), stream));
   if (how & LINA_A2A_LOWER) LINA_TRY(lina_priority_lower(c->options.device, stream));
 done:
+  /* The stream may raise it only now, long after the failure released it. */
+  if (rc != LINA_OK && how) (void)lina_priority_lower(c->options.device, stream);
   lina_comm_end(c);
   return rc;
 }

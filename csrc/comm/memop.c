@@ -3,6 +3,7 @@
 #if LINA_CUDA
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <pthread.h>
 #include <string.h>
 
 #include "../error.h"
@@ -10,7 +11,7 @@
 static CUresult (*write_value)(CUstream, CUdeviceptr, cuuint32_t, unsigned);
 static CUresult (*wait_value)(CUstream, CUdeviceptr, cuuint32_t, unsigned);
 
-int lina_memop_load(void) {
+static int find(void) {
   enum cudaDriverEntryPointQueryResult found;
   if (write_value && wait_value) return LINA_OK;
   cudaError_t e = cudaGetDriverEntryPointByVersion("cuStreamWriteValue32", (void **)&write_value,
@@ -21,6 +22,14 @@ int lina_memop_load(void) {
   if (e != cudaSuccess || !write_value || !wait_value)
     return lina_error(LINA_ECUDA, "comm: the driver has no cuStreamWaitValue32");
   return LINA_OK;
+}
+
+int lina_memop_load(void) {
+  static pthread_mutex_t finding = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_lock(&finding);
+  int rc = find();
+  pthread_mutex_unlock(&finding);
+  return rc;
 }
 
 int lina_memop_write(void *stream, uint32_t *device_word, uint32_t value) {
@@ -37,7 +46,7 @@ int lina_memop_wait_zero(void *stream, uint32_t *device_word) {
                            : lina_error(LINA_ECUDA, "comm: cuStreamWaitValue32 gives %d", e);
 }
 
-int lina_memop_word(int device, volatile uint32_t **host, uint32_t **on_device) {
+int lina_memop_word(int device, _Atomic uint32_t **host, uint32_t **on_device) {
   int current = 0;
   void *word = NULL;
   if (cudaGetDevice(&current) != cudaSuccess || cudaSetDevice(device) != cudaSuccess)

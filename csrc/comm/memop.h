@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+/* Any thread may call it, at any time. */
 int lina_memop_load(void);
 
 /* After everything before it on the stream, *device_word = value. */
@@ -15,6 +16,6 @@ int lina_memop_write(void *stream, uint32_t *device_word, uint32_t value);
 int lina_memop_wait_zero(void *stream, uint32_t *device_word);
 
 /* A zeroed word of its own cache line in pinned host memory, mapped for `device`. */
-int lina_memop_word(int device, volatile uint32_t **host, uint32_t **on_device);
+int lina_memop_word(int device, _Atomic uint32_t **host, uint32_t **on_device);
 
 #endif

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "priority.h"
+
 struct lina_peers {
   lina_peers_links links;
   int device, stopped;
@@ -94,13 +96,13 @@ void lina_peers_export(const lina_peers *p, unsigned char *handle) {
   memcpy(handle, &p->handle, LINA_PEERS_HANDLE);
 }
 
+int64_t lina_peers_room(const lina_peers *p) { return p->out_bytes; }
 void *lina_peers_rows(const lina_peers *p) { return (char *)p->own + p->links.out_at; }
 
 /* The caller's device, set back by leave(). */
 static int enter(const lina_peers *p, int *before) {
   int rc = cuda(cudaGetDevice(before), "device");
-  if (rc == LINA_OK && *before != p->device) rc = cuda(cudaSetDevice(p->device), "device");
-  return rc;
+  return rc != LINA_OK || *before == p->device ? rc : cuda(cudaSetDevice(p->device), "device");
 }
 static void leave(const lina_peers *p, int before) {
   if (before != p->device) (void)cudaSetDevice(before);
@@ -134,6 +136,7 @@ static const char *reason(uint32_t failure) {
 }
 
 int lina_peers_check(const lina_peers *p) {
+  static const char *const awaited[] = {"tokens", "results", "gradients"};
   const lina_peers_word *w = p->word;
   if (p->closed) return lina_error(LINA_EPEER, "p2p: the buffers were closed");
   if (p->stopped == LINA_PEERS_OVERFLOW)
@@ -144,8 +147,8 @@ int lina_peers_check(const lina_peers *p) {
   return lina_error(
       LINA_EPEER,
       "p2p: rank %d of %d waited for the %s of rank %u (round %u, limit %g s), which %s",
-      p->links.rank, p->links.ep, w->direction == LINA_PEERS_OUT ? "tokens" : "results",
-      (unsigned)w->source, (unsigned)w->epoch, p->timeout_s, reason(w->failure));
+      p->links.rank, p->links.ep, awaited[w->direction % 3], (unsigned)w->source,
+      (unsigned)w->epoch, p->timeout_s, reason(w->failure));
 }
 
 /* Behind the last call, if that was on another stream. */
@@ -160,8 +163,7 @@ static int in_order(lina_peers *p, cudaStream_t stream) {
       LINA_TRY(cuda(cudaStreamWaitEvent(stream, p->order, 0), "event"));
     }
   }
-  p->last = stream;
-  p->used = true;
+  p->last = stream, p->used = true;
 done:
   return rc;
 }
@@ -185,36 +187,36 @@ static int check_sizes(const lina_peers *p, int64_t T, int64_t C, int64_t K, int
   return LINA_OK;
 }
 
-static void link_up(const lina_peers *p, lina_peers_links *links) {
+int lina_peers_begin(lina_peers *p, lina_peers_links *links, bool priority, void *stream,
+                     int *before) {
   const uint32_t tag = links->tag;
+  int rc = lina_peers_check(p);
+  if (rc != LINA_OK) return rc;
+  *before = p->device;
+  LINA_TRY(enter(p, before));
+  if (priority && !p->links.priority) p->links.priority = lina_priority_word(p->device);
   *links = p->links;
   links->tag = tag;
-}
-
-int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, void *stream) {
-  int before = p->device, rc;
-  LINA_TRY(lina_peers_check(p));
-  LINA_TRY(check_sizes(p, a->T, a->C, a->K, a->E, a->row_bytes));
-  link_up(p, &a->links);
-  LINA_TRY(enter(p, &before));
+  if (!priority) links->priority = NULL;
   LINA_TRY(in_order(p, stream));
-  LINA_TRY(lina_peers_dispatch_cuda(a, stream));
 done:
-  leave(p, before);
+  if (rc != LINA_OK) leave(p, *before);
+  return rc;
+}
+void lina_peers_end(const lina_peers *p, int before) { leave(p, before); }
+
+int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, bool priority, void *stream) {
+  int before, rc = check_sizes(p, a->T, a->C, a->K, a->E, a->row_bytes);
+  if (rc == LINA_OK) rc = lina_peers_begin(p, &a->links, priority, stream, &before);
+  if (rc == LINA_OK) rc = lina_peers_dispatch_cuda(a, stream), leave(p, before);
   return rc;
 }
 
-int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, void *stream) {
+int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, bool priority, void *stream) {
   const int64_t size = a->dtype == LINA_F32 ? 4 : 2;
-  int before = p->device, rc;
-  LINA_TRY(lina_peers_check(p));
-  LINA_TRY(check_sizes(p, a->T, a->C, a->K, a->E, a->D * size));
-  link_up(p, &a->links);
-  LINA_TRY(enter(p, &before));
-  LINA_TRY(in_order(p, stream));
-  LINA_TRY(lina_peers_collect_cuda(a, stream));
-done:
-  leave(p, before);
+  int before, rc = check_sizes(p, a->T, a->C, a->K, a->E, a->D * size);
+  if (rc == LINA_OK) rc = lina_peers_begin(p, &a->links, priority, stream, &before);
+  if (rc == LINA_OK) rc = lina_peers_collect_cuda(a, stream), leave(p, before);
   return rc;
 }
 
@@ -279,11 +281,11 @@ int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64
 int lina_peers_open(lina_peers *p, const unsigned char *handles) {
   return (void)p, (void)handles, ABSENT;
 }
-int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, void *stream) {
-  return (void)p, (void)a, (void)stream, ABSENT;
+int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, bool priority, void *stream) {
+  return (void)p, (void)a, (void)priority, (void)stream, ABSENT;
 }
-int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, void *stream) {
-  return (void)p, (void)a, (void)stream, ABSENT;
+int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, bool priority, void *stream) {
+  return (void)p, (void)a, (void)priority, (void)stream, ABSENT;
 }
 int lina_peers_stop(lina_peers *p, int failure, void *stream) {
   return (void)p, (void)failure, (void)stream, ABSENT;

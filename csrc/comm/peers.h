@@ -38,9 +38,18 @@ int lina_peers_open(lina_peers *p, const unsigned char *handles);
 /* Where rows arrive: `out` of this rank's own buffer. */
 void *lina_peers_rows(const lina_peers *p);
 
-/* Fill in links except for tag; check the rest; launch. */
-int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, void *stream);
-int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, void *stream);
+/* Fill in links except for tag; check the rest; launch. `priority`: the round raises the
+ * device's priority word (priority.h); the same for its dispatch and its collect. */
+int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, bool priority, void *stream);
+int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, bool priority, void *stream);
+
+/* What all kernels over these buffers begin with: checks, fills in links except for tag,
+ * sets the device, puts `stream` in order; after success end() sets the caller's device back. */
+int lina_peers_begin(lina_peers *p, lina_peers_links *links, bool priority, void *stream,
+                     int *before);
+void lina_peers_end(const lina_peers *p, int before);
+/* Bytes of `out`. */
+int64_t lina_peers_room(const lina_peers *p);
 
 /* LINA_OK, or LINA_EPEER with what was waited for. Does not wait for the device. */
 int lina_peers_check(const lina_peers *p);

@@ -9,7 +9,7 @@
  * decides.
  *
  * Priority is a hint about speed and never one about order: the word lies in
- * pinned host memory, and lina's watch thread (watch.h) writes 0 with a plain store
+ * pinned host memory, and lina's watch thread (watch.h) writes 0 itself, without CUDA,
  * where it stayed raised for LINA_PRIORITY_HOLD_S. So a host that blocks in the
  * driver while the reduce stream waits (the first launch of a kernel that is not
  * loaded yet does) goes on after that time instead of never.
@@ -32,6 +32,10 @@ int lina_priority_raise(int device, void *a2a_stream);
 int lina_priority_lower(int device, void *a2a_stream);
 int lina_priority_wait(int device, void *reduce_stream);
 
+/* The word's address on the device, for kernels that raise (not 0, and another value each
+ * time) and lower it themselves; NULL where nothing is held back. */
+uint32_t *lina_priority_word(int device);
+
 /* Why nothing is held back on this machine, or NULL. */
 const char *lina_priority_off(void);
 
@@ -39,7 +43,7 @@ const char *lina_priority_off(void);
 int lina_priority_read(int device, uint32_t *word, int64_t *releases);
 
 /* For the watch thread: releases what has been raised for too long, and everything
- * if `all`. Plain stores only. */
+ * if `all`. Calls no CUDA function; any thread may call it. */
 void lina_priority_watch(double now_s, bool all);
 
 #endif

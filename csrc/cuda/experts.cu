@@ -3,7 +3,8 @@
  *
  * gather, bias: a row of threads (a power of two, chosen so that few idle) to a
  * row, 16 bytes to a thread where width and addresses allow, else one element;
- * gather starts four rows' loads before it stores the first.
+ * gather starts four rows' loads before it stores the first and leaves rows without
+ * a pair alone: nothing reads them, and over peers' memory they can be most.
  * bias_bwd: a block to 32 vectors of columns of one expert; its warps stride
  * over the expert's rows, four loads in flight, then add up in order.
  * All bound by memory; bias_bwd by latency where one expert has most rows.
@@ -29,13 +30,14 @@ static __global__ void __launch_bounds__(THREADS)
     const int pair = r < N ? __ldg(row_pair + r) : -1;
     from[j] = pair < 0 ? NULL : x + pair / K * width;
   }
+  if (!from[0]) return; /* present rows come first, so no later row is one */
   for (int64_t c = threadIdx.x & (per_row - 1); c < width; c += per_row) {
     R v[ROWS];
 #pragma unroll
     for (int j = 0; j < ROWS; j++) v[j] = from[j] ? __ldg(from[j] + c) : R{};
 #pragma unroll
     for (int j = 0; j < ROWS; j++)
-      if (first + j * rows < N) out[(first + j * rows) * width + c] = v[j];
+      if (from[j]) out[(first + j * rows) * width + c] = v[j];
   }
 }
 

@@ -28,9 +28,10 @@ static __device__ __forceinline__ void peers_relaxed(uint64_t *p, uint64_t v) {
 static __device__ __forceinline__ void peers_fence() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
-static __device__ __forceinline__ uint64_t *peers_flag(char *buffer, int direction, int source) {
-  return (uint64_t *)(buffer +
-                      (direction * LINA_PEERS_CHUNKS * LINA_PEERS_MAX + source) * LINA_PEERS_FLAG);
+static __device__ __forceinline__ uint64_t *peers_flag(char *buffer, int direction, int source,
+                                                       int chunk = 0) {
+  const int flag = (direction * LINA_PEERS_CHUNKS + chunk) * LINA_PEERS_MAX + source;
+  return (uint64_t *)(buffer + flag * LINA_PEERS_FLAG);
 }
 static __device__ __forceinline__ uint64_t peers_signal(uint32_t epoch, uint32_t tag,
                                                         uint32_t count) {
@@ -51,8 +52,8 @@ static __device__ inline void peers_fail(const lina_peers_links &links, uint32_t
 
 /* Rows that `source` announces in this epoch, or PEERS_LOST. */
 static __device__ inline uint32_t peers_wait(const lina_peers_links &links, int direction,
-                                             int source, uint32_t epoch) {
-  const uint64_t *flag = peers_flag(links.buffer[links.rank], direction, source);
+                                             int source, uint32_t epoch, int chunk = 0) {
+  const uint64_t *flag = peers_flag(links.buffer[links.rank], direction, source, chunk);
   const volatile uint32_t *failed = &links.state->failed;
   if (*failed) return PEERS_LOST;
   uint64_t start = 0;
@@ -98,13 +99,14 @@ static __device__ __forceinline__ bool peers_all_sent(lina_peers_state *state) {
 
 /* Flags to all ranks but this one (its own too if `own`); poison after a failure. */
 static __device__ inline void peers_announce(const lina_peers_links &links, int direction,
-                                             uint32_t epoch, const int32_t *count, bool own) {
+                                             uint32_t epoch, const int32_t *count, bool own,
+                                             int chunk = 0) {
   const bool failed = *(const volatile uint32_t *)&links.state->failed;
   for (int i = own ? 0 : 1; i < links.ep; i++) {
     const int d = links.rank + i < links.ep ? links.rank + i : links.rank + i - links.ep;
     const uint64_t f = failed ? peers_signal(epoch, PEERS_POISON, LINA_PEERS_FAILED)
                               : peers_signal(epoch, links.tag, count ? (uint32_t)count[d] : 0);
-    peers_relaxed(peers_flag(links.buffer[d], direction, links.rank), f);
+    peers_relaxed(peers_flag(links.buffer[d], direction, links.rank, chunk), f);
   }
 }
 
@@ -131,6 +133,20 @@ static __device__ __forceinline__ void peers_end(lina_peers_state *state, int di
   if (threadIdx.x != 0 || turn.order != gridDim.x - 1) return;
   state->begun = 0;
   state->epoch[direction] = turn.epoch;
+}
+
+/* In place of peers_end where another kernel of the same half follows. */
+static __device__ __forceinline__ void peers_again(lina_peers_state *state, peers_turn turn) {
+  if (threadIdx.x == 0 && turn.order == gridDim.x - 1) state->begun = 0;
+}
+
+/* Gradients give way from here: another odd number in each round (comm/priority.h). */
+static __device__ __forceinline__ void peers_raise(const lina_peers_links &links, uint32_t read) {
+  if (links.priority && blockIdx.x == 0 && threadIdx.x == 0)
+    *(volatile uint32_t *)links.priority = 2 * read + 1;
+}
+static __device__ __forceinline__ void peers_lower(const lina_peers_links &links) {
+  if (links.priority) *(volatile uint32_t *)links.priority = 0;
 }
 
 /* A piece of a row: lane l holds vectors first + l + 32 i, below `vectors`. */

@@ -31,7 +31,8 @@
  * Epochs live in device memory and are advanced by the last block of a kernel to
  * have read them, so a captured graph replays. Flags are stored after a system-wide fence by the
  * last block to have sent its rows, and read with acquire. A flag's chunk
- * is 0 today: rows of one source may come to be told apart later.
+ * is 0, but for collect by copy engines (peers_collect_bulk.cuh), which tells ranges of
+ * a source's rows apart, so that sums begin while later rows are on their way.
  *
  * Blocks first send, then wait: the grid takes at most `sms` SMs, one block to
  * each (3/4 of the GPU's by default), so that spinning never keeps another kernel from
@@ -39,6 +40,21 @@
  * A wait ends after timeout_ns by the global timer, when the host aborts, or when
  * the flag says that its sender failed; then `word` tells the host what was
  * waited for, ids become -1, results NaN, and every later wait fails at once.
+ *
+ * With `priority` dispatch raises that word as it starts, and collect lowers it when all
+ * rows have left and arrived, before the sums: gradients give way in between, the
+ * experts included, since rows back follow at once.
+ *
+ * One pass of the experts a round. How several would overlap with rows, by the same flags:
+ *   - dispatch sends and announces range by range, without a wait; flag 0 carries the number
+ *     of rows, from which both sides know all ranges. It writes the ids of this rank's own
+ *     part besides, so that the first pass (own rows) depends on no other rank;
+ *   - before pass c a small kernel waits for flag c of every source and writes the ids of
+ *     those rows, -1 for all others: sort and experts are then as they are, over rows where
+ *     they arrived; N is C*K for own rows and, for a range, the sources' C*K / ranges;
+ *   - after pass c the rows of range c go back (collect's sending half), on a second stream
+ *     with few SMs, which copy engines are enough for; the last waits for all and sums.
+ * Reuse of buffers is argued as above: all flags of dispatch n are seen before collect n ends.
  *
  * Limits: 2 <= ep <= 8, 1 <= C < 2^24, ep*C*K < 2^31, 1 <= K <= 1024,
  * T <= C, E a multiple of ep.
@@ -86,7 +102,8 @@ typedef struct {
   uint32_t epoch[2];                     /* rounds finished, by direction */
   uint32_t sent, begun;                  /* blocks past sending; past reading the epoch */
   uint32_t failed;                       /* lina_peers_failure */
-  uint32_t spare[27];
+  uint32_t chunk[LINA_PEERS_CHUNKS];     /* warps past sending each chunk */
+  uint32_t spare[11];
 } lina_peers_state;
 
 typedef struct {
@@ -98,6 +115,7 @@ typedef struct {
   lina_peers_state *state;
   uint64_t *look;                        /* [tiles,8]: counts that blocks tell each other */
   lina_peers_word *word;
+  uint32_t *priority;                    /* comm/priority.h's word, or NULL: not raised */
 } lina_peers_links;
 
 typedef struct {

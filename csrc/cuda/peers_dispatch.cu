@@ -10,87 +10,8 @@
  * Bound by NVLink from about 4 MB on, below that by the round trip of the flags.
  */
 #include "peers.cuh"
-
-typedef lina_peers_dispatch_args Args;
-
-/* Ranks that hold an expert of token t: bit r for rank r. */
-static __device__ __forceinline__ unsigned ranks_of(const Args &a, int64_t t) {
-  const unsigned local = (unsigned)(a.E / a.links.ep), E = (unsigned)a.E;
-  const int K = (int)a.K;
-  unsigned mask = 0;
-#pragma unroll 8
-  for (int k = 0; k < K; k++) {
-    const unsigned e = (unsigned)__ldg(a.expert + t * K + k);
-    if (e < E) mask |= 1u << (e / local);
-  }
-  return mask;
-}
-
-struct SlotCounts {
-  int before[PEERS_WARPS][LINA_PEERS_MAX]; /* tokens of earlier warps, by rank */
-  int total[LINA_PEERS_MAX];
-};
-
-/* The whole block, one tile of tokens. Afterwards lane's slots are in `slot`
- * (-1: none), counted from the tile's first token. */
-static __device__ __forceinline__ void tile_slots(const Args &a, int64_t first, SlotCounts *counts,
-                                                  int (&slot)[LINA_PEERS_MAX]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t t = first + threadIdx.x;
-  const unsigned mask = t < a.T ? ranks_of(a, t) : 0;
-#pragma unroll
-  for (int d = 0; d < LINA_PEERS_MAX; d++) {
-    const unsigned same = __ballot_sync(LINA_FULL, mask >> d & 1);
-    slot[d] = mask >> d & 1 ? __popc(same & ((1u << lane) - 1)) : -1;
-    if (lane == d) counts->before[warp][d] = __popc(same);
-  }
-  __syncthreads();
-  if (threadIdx.x < LINA_PEERS_MAX) {
-    int sum = 0;
-#pragma unroll
-    for (int w = 0; w < PEERS_WARPS; w++) {
-      const int n = counts->before[w][threadIdx.x];
-      counts->before[w][threadIdx.x] = sum;
-      sum += n;
-    }
-    counts->total[threadIdx.x] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int d = 0; d < LINA_PEERS_MAX; d++)
-    if (slot[d] >= 0) slot[d] += counts->before[warp][d];
-}
-
-/* T > 512. Blocks wait for earlier ones only, which the GPU starts first. */
-static __global__ void __launch_bounds__(PEERS_THREADS)
-    peers_slots(const __grid_constant__ Args a) {
-  __shared__ SlotCounts counts;
-  __shared__ int start[LINA_PEERS_MAX];
-  int slot[LINA_PEERS_MAX];
-  const uint32_t epoch = a.links.state->epoch[LINA_PEERS_OUT] + 1;
-  const int64_t first = (int64_t)blockIdx.x * LINA_PEERS_TILE;
-  const int ep = a.links.ep;
-  if (threadIdx.x < LINA_PEERS_MAX) start[threadIdx.x] = 0;
-  tile_slots(a, first, &counts, slot);
-  volatile uint64_t *look = a.links.look;
-  if (threadIdx.x < LINA_PEERS_MAX)
-    look[blockIdx.x * LINA_PEERS_MAX + threadIdx.x] =
-        (uint64_t)epoch << 32 | (uint32_t)counts.total[threadIdx.x];
-  for (unsigned i = threadIdx.x; i < blockIdx.x * LINA_PEERS_MAX; i += PEERS_THREADS) {
-    uint64_t word;
-    do word = look[i];
-    while ((uint32_t)(word >> 32) != epoch);
-    atomicAdd(&start[i % LINA_PEERS_MAX], (int)(uint32_t)word);
-  }
-  __syncthreads();
-  const int64_t t = first + threadIdx.x;
-  if (t < a.T)
-#pragma unroll
-    for (int d = 0; d < LINA_PEERS_MAX; d++)
-      if (d < ep) a.slot[t * ep + d] = slot[d] < 0 ? -1 : slot[d] + start[d];
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < ep)
-    a.count[threadIdx.x] = start[threadIdx.x] + counts.total[threadIdx.x];
-}
+#include "peers_bulk.cuh"
+#include "peers_slots.cuh"
 
 template <class V>
 static __device__ __forceinline__ void load_piece(const Args &a, unsigned u, unsigned width,
@@ -98,6 +19,16 @@ static __device__ __forceinline__ void load_piece(const Args &a, unsigned u, uns
   const unsigned t = u / width;
   p->load((const char *)a.x + t * a.row_bytes, (int64_t)(u - t * width) * 32 * PEERS_DEPTH + lane,
           vectors);
+}
+
+/* A token's weights and ids, beside its row; the whole warp. */
+static __device__ __forceinline__ void send_pairs(const Args &a, char *out, int64_t rows,
+                                                  int64_t row, int64_t t, int lane) {
+  char *weights = out + lina_peers_weights_at(rows, a.row_bytes), *ids = weights + rows * a.K * 4;
+  for (int k = lane; k < a.K; k += 32) {
+    ((float *)weights)[row * a.K + k] = __ldg(a.weight + t * a.K + k);
+    ((int32_t *)ids)[row * a.K + k] = __ldg(a.expert + t * a.K + k);
+  }
 }
 
 /* One piece of a token's row to all its ranks, and with the first piece its ids and weights. */
@@ -116,14 +47,7 @@ static __device__ __forceinline__ void send_piece(const Args &a, const peers_pie
     const int64_t row = (int64_t)rank * a.C + slot;
     char *out = a.links.buffer[d] + a.links.out_at;
     p.store((d == rank && a.x_out ? (char *)a.x_out : out) + row * a.row_bytes, first, vectors);
-    if (piece == 0 && a.expert_out) {
-      char *weights = out + lina_peers_weights_at(rows, a.row_bytes),
-           *ids = weights + rows * a.K * 4;
-      for (int k = lane; k < a.K; k += 32) {
-        ((float *)weights)[row * a.K + k] = __ldg(a.weight + t * a.K + k);
-        ((int32_t *)ids)[row * a.K + k] = __ldg(a.expert + t * a.K + k);
-      }
-    }
+    if (piece == 0 && a.expert_out) send_pairs(a, out, rows, row, t, lane);
   }
 }
 
@@ -170,7 +94,30 @@ static __device__ __forceinline__ void spoil(const Args &a, int source) {
     rows[i] = 0xffff;
 }
 
+/* Waits for all ranks' rows and takes what the experts need out of the buffer. */
 template <class V>
+static __device__ __forceinline__ void await_rows(const Args &a, uint32_t epoch, int pieces,
+                                                  uint32_t *received) {
+  const int ep = a.links.ep;
+  if (threadIdx.x < ep) {
+    const uint32_t n = peers_wait(a.links, LINA_PEERS_OUT, threadIdx.x, epoch);
+    received[threadIdx.x] = n;
+    if (a.expert_out && blockIdx.x == 0)
+      a.count[ep + threadIdx.x] = n == PEERS_LOST ? 0 : (int32_t)n;
+  }
+  __syncthreads();
+  const int64_t vectors = a.row_bytes / (int64_t)sizeof(V);
+  for (int i = 0; i < ep; i++) {
+    const int source = a.links.rank + i < ep ? a.links.rank + i : a.links.rank + i - ep;
+    const uint32_t n = received[source];
+    if (a.expert_out)
+      receive<V>(a, source, n == PEERS_LOST ? 0 : n, vectors, pieces);
+    else if (n == PEERS_LOST)
+      spoil(a, source);
+  }
+}
+
+template <class V, bool SPLIT>
 static __global__ void __launch_bounds__(PEERS_THREADS, 1)
     peers_dispatch(const __grid_constant__ Args a, int pieces, bool count_here) {
   __shared__ SlotCounts counts;
@@ -178,6 +125,7 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
   __shared__ uint32_t received[LINA_PEERS_MAX];
   const int lane = threadIdx.x % 32, ep = a.links.ep;
   const uint32_t read = peers_read(a.links.state, LINA_PEERS_OUT);
+  peers_raise(a.links, read);
   const int64_t vectors = a.row_bytes / (int64_t)sizeof(V);
 
   /* the next piece is on its way while this one leaves, the first while slots are counted */
@@ -186,22 +134,8 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
   unsigned u = blockIdx.x * PEERS_WARPS + threadIdx.x / 32;
   peers_piece<V> next;
   if (u < all) load_piece(a, u, width, vectors, lane, &next);
-  if (count_here) {
-    int slot[LINA_PEERS_MAX];
-    tile_slots(a, 0, &counts, slot);
-#pragma unroll
-    for (int d = 0; d < LINA_PEERS_MAX; d++) slots[threadIdx.x][d] = slot[d];
-    if (blockIdx.x == 0) {
-      if (threadIdx.x < a.T)
-#pragma unroll
-        for (int d = 0; d < LINA_PEERS_MAX; d++)
-          if (d < ep) a.slot[threadIdx.x * ep + d] = slot[d];
-      if (threadIdx.x < ep) a.count[threadIdx.x] = counts.total[threadIdx.x];
-    }
-    __syncthreads();
-  }
+  if (count_here) count_slots(a, &counts, slots);
   const peers_turn turn = peers_begin(a.links.state, read);
-  const uint32_t epoch = turn.epoch;
   for (; u < all; u += step) {
     const unsigned t = u / width;
     int my_slot = -1;
@@ -211,39 +145,122 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
     send_piece<V>(a, piece, t, (int)(u - t * width), vectors, my_slot, lane);
   }
   if (peers_all_sent(a.links.state))
-    peers_announce(a.links, LINA_PEERS_OUT, epoch, count_here ? counts.total : a.count, true);
+    peers_announce(a.links, LINA_PEERS_OUT, turn.epoch, count_here ? counts.total : a.count, true);
+  if (SPLIT) {
+    peers_again(a.links.state, turn);
+    return;
+  }
+  await_rows<V>(a, turn.epoch, pieces, received);
+  peers_end(a.links.state, LINA_PEERS_OUT, turn);
+}
 
-  if (threadIdx.x < ep) {
-    const uint32_t n = peers_wait(a.links, LINA_PEERS_OUT, threadIdx.x, epoch);
-    received[threadIdx.x] = n;
-    if (a.expert_out && blockIdx.x == 0)
-      a.count[ep + threadIdx.x] = n == PEERS_LOST ? 0 : (int32_t)n;
+/* The second kernel of WAY_SPLIT. */
+template <class V>
+static __global__ void __launch_bounds__(PEERS_THREADS, 1)
+    peers_receive(const __grid_constant__ Args a, int pieces) {
+  __shared__ uint32_t received[LINA_PEERS_MAX];
+  const uint32_t read = peers_read(a.links.state, LINA_PEERS_OUT);
+  const peers_turn turn = peers_begin(a.links.state, read);
+  await_rows<V>(a, turn.epoch, pieces, received);
+  peers_end(a.links.state, LINA_PEERS_OUT, turn);
+}
+
+/* As peers_dispatch, rows by the copy engine: warps 0 to 3 of a block carry, the others send
+ * ids and weights. */
+static __global__ void __launch_bounds__(PEERS_THREADS, 1)
+    peers_dispatch_bulk(const __grid_constant__ Args a, int pieces, bool count_here) {
+  extern __shared__ __align__(128) char rooms[];
+  __shared__ uint64_t barriers[BULK_CARRIERS * BULK_STAGES];
+  __shared__ SlotCounts counts;
+  __shared__ int slots[LINA_PEERS_TILE][LINA_PEERS_MAX];
+  __shared__ uint32_t received[LINA_PEERS_MAX];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ep = a.links.ep, rank = a.links.rank;
+  const uint32_t read = peers_read(a.links.state, LINA_PEERS_OUT);
+  peers_raise(a.links, read);
+  const bulk_cut cut = bulk_cuts(a.row_bytes);
+  const unsigned step = gridDim.x * BULK_CARRIERS;
+  const unsigned all = warp < BULK_CARRIERS ? (unsigned)a.T * cut.pieces : 0;
+  const unsigned first = blockIdx.x * BULK_CARRIERS + warp;
+  bulk_pipe pipe;
+  auto load = [&](unsigned n, unsigned u) {
+    const unsigned t = u / cut.pieces, piece = u - t * cut.pieces;
+    pipe.load(n, (const char *)a.x + t * a.row_bytes + (int64_t)piece * cut.bytes,
+              bulk_size(cut, piece, a.row_bytes));
+  };
+  unsigned loaded = 0; /* pieces so far */
+  if (all && lane == 0) {
+    pipe.begin(rooms, barriers, warp);
+    for (; loaded < BULK_STAGES && first + loaded * step < all; loaded++)
+      load(loaded, first + loaded * step);
   }
-  __syncthreads();
-  for (int i = 0; i < ep; i++) {
-    const int source = a.links.rank + i < ep ? a.links.rank + i : a.links.rank + i - ep;
-    const uint32_t n = received[source];
-    if (a.expert_out)
-      receive<V>(a, source, n == PEERS_LOST ? 0 : n, vectors, pieces);
-    else if (n == PEERS_LOST)
-      spoil(a, source);
+  if (count_here) count_slots(a, &counts, slots);
+  const peers_turn turn = peers_begin(a.links.state, read);
+
+  auto slot_of = [&](unsigned t) {
+    if (lane >= ep || t >= a.T) return -1;
+    return count_here ? slots[t][lane] : __ldg(a.slot + (int64_t)t * ep + lane);
+  };
+  int next = slot_of(first / cut.pieces);
+  for (unsigned n = 0, u = first; u < all; n++, u += step) {
+    const unsigned t = u / cut.pieces, piece = u - t * cut.pieces;
+    const uint32_t bytes = bulk_size(cut, piece, a.row_bytes);
+    const int my_slot = next;
+    next = slot_of((u + step) / cut.pieces);
+    if (lane == 0) pipe.await(n);
+    for (int i = 0; i < ep; i++) {
+      int d = rank + 1 + i;
+      if (d >= ep) d -= ep;
+      const int slot = __shfl_sync(LINA_FULL, my_slot, d);
+      if (slot < 0) continue;
+      const int64_t row = (int64_t)rank * a.C + slot;
+      char *out = a.links.buffer[d] + a.links.out_at;
+      if (lane == 0)
+        bulk_store((d == rank && a.x_out ? (char *)a.x_out : out) + row * a.row_bytes +
+                       (int64_t)piece * cut.bytes,
+                   pipe.stage(n), bytes);
+    }
+    if (lane == 0) {
+      bulk_commit();
+      if (n >= BULK_LAG && first + loaded * step < all) {
+        bulk_wait_read<BULK_LAG>(); /* piece n - LAG has left its stage, where `loaded` goes */
+        load(loaded, first + loaded * step);
+        loaded++;
+      }
+    }
   }
+  if (all && lane == 0) bulk_finish();
+  if (warp >= BULK_CARRIERS && a.expert_out)
+    for (unsigned t = blockIdx.x * (PEERS_WARPS - BULK_CARRIERS) + warp - BULK_CARRIERS; t < a.T;
+         t += gridDim.x * (PEERS_WARPS - BULK_CARRIERS)) {
+      const int my_slot = slot_of(t);
+      for (int d = 0; d < ep; d++) {
+        const int slot = __shfl_sync(LINA_FULL, my_slot, d);
+        if (slot >= 0)
+          send_pairs(a, a.links.buffer[d] + a.links.out_at, (int64_t)ep * a.C,
+                     (int64_t)rank * a.C + slot, t, lane);
+      }
+    }
+  if (peers_all_sent(a.links.state))
+    peers_announce(a.links, LINA_PEERS_OUT, turn.epoch, count_here ? counts.total : a.count, true);
+  await_rows<uint4>(a, turn.epoch, pieces, received);
   peers_end(a.links.state, LINA_PEERS_OUT, turn);
 }
 
 static __global__ void peers_poison(const __grid_constant__ lina_peers_links links, int why) {
   lina_peers_state *state = links.state;
   atomicCAS(&state->failed, 0u, (uint32_t)why);
+  peers_lower(links);
   for (int direction = 0; direction < 2; direction++)
-    for (int d = 0; d < links.ep; d++)
+    for (int at = 0; at < links.ep * LINA_PEERS_CHUNKS; at++) {
+      const int d = at / LINA_PEERS_CHUNKS, chunk = at % LINA_PEERS_CHUNKS;
       if (d != links.rank)
-        peers_relaxed(peers_flag(links.buffer[d], direction, links.rank),
+        peers_relaxed(peers_flag(links.buffer[d], direction, links.rank, chunk),
                       peers_signal(state->epoch[direction] + 1, PEERS_POISON, (uint32_t)why));
+    }
 }
 
 template <class V> static int launch(const Args *a, cudaStream_t stream) {
-  const int64_t vectors = a->row_bytes / (int64_t)sizeof(V);
-  const int64_t pieces = peers_pieces(vectors);
+  const int64_t pieces = peers_pieces(a->row_bytes / (int64_t)sizeof(V));
   int rc = peers_check_pieces("p2p dispatch", a->links.ep, a->C, pieces);
   if (rc != LINA_OK) return rc;
   const bool count_here = a->expert_out && a->T <= LINA_PEERS_TILE;
@@ -255,7 +272,20 @@ template <class V> static int launch(const Args *a, cudaStream_t stream) {
   }
   /* rows that come may be more than those that go */
   const unsigned blocks = peers_blocks(&a->links, a->C * pieces);
-  peers_dispatch<V><<<blocks, PEERS_THREADS, 0, stream>>>(*a, (int)pieces, count_here);
+  const enum bulk_way way = bulk_way_of(a->T * a->row_bytes);
+  if (sizeof(V) == 16 && way == WAY_BULK) {
+    rc = bulk_allow("p2p dispatch", (const void *)peers_dispatch_bulk);
+    if (rc != LINA_OK) return rc;
+    peers_dispatch_bulk<<<blocks, PEERS_THREADS, BULK_ROOM, stream>>>(*a, (int)pieces, count_here);
+  } else if (way == WAY_SPLIT) {
+    lina_peers_links wide = a->links;
+    wide.sms = bulk_attribute(cudaDevAttrMultiProcessorCount);
+    const unsigned all = peers_blocks(&wide, a->C * pieces);
+    peers_dispatch<V, true><<<all, PEERS_THREADS, 0, stream>>>(*a, (int)pieces, count_here);
+    peers_receive<V><<<blocks, PEERS_THREADS, 0, stream>>>(*a, (int)pieces);
+  } else {
+    peers_dispatch<V, false><<<blocks, PEERS_THREADS, 0, stream>>>(*a, (int)pieces, count_here);
+  }
   return lina_launched("p2p dispatch");
 }
 

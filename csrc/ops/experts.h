@@ -75,7 +75,8 @@ typedef struct {
   double alpha, limit;
 } lina_experts_shape;
 
-/* x rows gathered by pair: out[r,:] = x[row_pair[r]/K, :]; rows of -1 become 0. */
+/* x rows gathered by pair: out[r,:] = x[row_pair[r]/K, :]. Rows of -1, all behind the
+ * others, are neither read nor written. */
 typedef struct {
   lina_experts_shape s;
   const void *x;                 /* [T,D] rows contiguous */

@@ -13,6 +13,8 @@ from lina.parallel.lines import DTYPES, ExpertPass, ExpertShape, Line, Point
 from lina.parallel.machine import default_path, machine_facts
 from lina.parallel.mesh import Groups, ep_rank, ep_size, groups, local_count, mesh, shard
 from lina.parallel.nccl import Reducer
+from lina.parallel.plan import Plan, Trial
+from lina.parallel.predict import LayerLoad, Workload, predict
 from lina.parallel.reduce import release
 from lina.parallel.reduce_scatter import ReduceScatter
 from lina.parallel.regroup import regroup
@@ -31,9 +33,9 @@ from lina.parallel.state import (
 
 __all__ = [
     "DTYPES", "CostModel", "DataParallel", "ExpertParameter", "ExpertPass", "ExpertShape", "GradScaler",
-    "Groups", "HookState", "Layer", "Line", "Part", "Point", "ReduceScatter", "Reducer", "Route",
-    "Settings", "allreduce_hook", "check_stamp", "clip_grad_norm_", "collect", "ddp", "default_path",
-    "dispatch", "ep_rank", "ep_size", "expert_parameters", "fsdp", "gather", "gathered_state_dict",
-    "gathering", "groups", "local_count", "machine_facts", "makers", "mesh", "moe", "regroup", "release",
-    "settings", "shard", "stamp_or_gather", "take_part",
+    "Groups", "HookState", "Layer", "LayerLoad", "Line", "Part", "Plan", "Point", "ReduceScatter", "Reducer",
+    "Route", "Settings", "Trial", "Workload", "allreduce_hook", "check_stamp", "clip_grad_norm_", "collect",
+    "ddp", "default_path", "dispatch", "ep_rank", "ep_size", "expert_parameters", "fsdp", "gather",
+    "gathered_state_dict", "gathering", "groups", "local_count", "machine_facts", "makers", "mesh", "moe",
+    "predict", "regroup", "release", "settings", "shard", "stamp_or_gather", "take_part",
 ]

@@ -14,29 +14,40 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lina import tracing
+from lina.parallel.auto import Auto, Options, agreed_cost, meshes, ordered
 from lina.parallel.dispatch import eagerly
 from lina.parallel.experts import ExpertParameter, expert_parameters
 from lina.parallel.hook import HookState, allreduce_hook
 from lina.parallel.mesh import groups
+from lina.parallel.plan import Plan
 from lina.parallel.reduce import ExpertReducer
-from lina.parallel.settings import settings
+from lina.parallel.settings import chosen, settings
 
-SCHEDULES = ("plain", "lina")
+SCHEDULES = ("plain", "lina", "auto")
 DEFAULT_DEGREE = (3, 3)
 _IGNORED = "_ddp_params_and_buffers_to_ignore"      # torch's name
 
 
 class DataParallel(DistributedDataParallel):
-    """What :func:`ddp` returns: a DistributedDataParallel that leaves experts to their replicas."""
+    """What :func:`ddp` returns: a DistributedDataParallel that leaves experts to their replicas.
+
+    Attributes:
+        plan: what schedule "auto" has chosen; None before, and with other schedules.
+    """
 
     _hook: tuple[Any, Any] | None = None       # also set by torch's constructor
+    _auto: Auto | None = None
+    plan: Plan | None = None
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
-                 degree: tuple[int, int] | None = None, hook: HookState | None = None,
-                 **options: Any) -> None:
+                 degree: tuple[int, int] | None = None, hook: HookState | None = None, observe: int = 10,
+                 optimizer: Any = None, regroup: bool = False, **options: Any) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"ddp: schedule is {schedule!r}, must be one of {', '.join(SCHEDULES)}")
-        if degree is None and schedule != "plain":
+        told = Options(degree, hook, observe, optimizer, regroup)
+        if schedule != "auto" and told != Options(degree, hook):
+            raise ValueError(f"ddp: observe, optimizer and regroup are for schedule 'auto', not {schedule!r}")
+        if degree is None and schedule == "lina":
             degree = DEFAULT_DEGREE
         for name in ("process_group", "device_mesh"):
             if options.get(name) is not None:
@@ -51,6 +62,7 @@ class DataParallel(DistributedDataParallel):
                 raise ValueError(f"ddp: {name} is spread over ranks {_ranks(other.world)}, "
                                  f"the mesh given has {_ranks(world)}")
         _check_dense(module, experts)
+        cost = agreed_cost(mesh, told) if schedule == "auto" else None
         ignored = {*getattr(module, _IGNORED, ()), *(e.name for e in experts)}
         init_sync = options.get("init_sync", True)
         if init_sync:
@@ -69,10 +81,14 @@ class DataParallel(DistributedDataParallel):
             static=self.static_graph)
         if init_sync:
             self.expert_reducer.broadcast()
+        if cost is not None:
+            self._auto = Auto(mesh, *cost, told, next(module.parameters()).device)
+            self.register_comm_hook(self._auto.order, ordered)
+            degree = (1, 1)                    # while it observes
         if degree is not None:
-            for one in [mesh, *(getattr(m, "mesh", None) for m in module.modules())]:
-                if isinstance(one, DeviceMesh):
-                    settings(one).degree = degree
+            for one in meshes(module, mesh):
+                one_pass = told.degree is None and chosen(one) == "p2p"
+                settings(one).degree = (1, 1) if one_pass else degree
         if schedule == "lina":
             state = hook or HookState(mesh)
             state.queue(next(module.parameters()).device)      # by all ranks together, now
@@ -85,7 +101,15 @@ class DataParallel(DistributedDataParallel):
                                "wrapped (lina.unswap); wrap it anew")
         if tracing.active() and self._hook is None and not torch.compiler.is_compiling():
             self._trace_buckets()
-        output = super().forward(*args, **kwargs)
+        auto = self._auto
+        if auto is not None:
+            eagerly(auto.before)(self)
+            self._auto = None if auto.done else auto
+        try:
+            output = super().forward(*args, **kwargs)
+        finally:
+            if auto is not None:
+                eagerly(auto.after)()
         if self.expert_reducer.by_replicas and torch.is_grad_enabled() and self.require_backward_grad_sync:
             eagerly(self.expert_reducer.watch)(output)
         return output
@@ -112,8 +136,8 @@ class DataParallel(DistributedDataParallel):
 
 
 def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
-        degree: tuple[int, int] | None = None, hook: HookState | None = None,
-        **options: Any) -> DataParallel:
+        degree: tuple[int, int] | None = None, hook: HookState | None = None, observe: int = 10,
+        optimizer: Any = None, regroup: bool = False, **options: Any) -> DataParallel:
     """Wrap ``model`` so that every gradient is what DistributedDataParallel would give were all
     experts on every rank: the mean over all ranks of the mesh of each rank's gradient.
 
@@ -132,9 +156,17 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
         schedule: "plain": gradients are reduced as they become ready, beside the experts' all-to-alls.
             "lina": in micro-ops that let all-to-alls pass, dense ones (:func:`allreduce_hook`,
             which takes the place of a comm hook of your own) and those of replicated experts after them.
+            "auto": plain for some steps, observed; then what is fastest by the cost model that `lina
+            profile` has saved, the same on all ranks, here too in the place of a comm hook. ``plan`` of
+            the result says what, and why.
         degree: expert passes of the mesh's layers, forward and backward, 1 to 8 each: rows travel while
-            others are computed. By default (3, 3) with "lina"; with "plain" what the mesh has.
-        hook: with "lina": sizes of micro-ops, compression; by default ``HookState(mesh)``.
+            others are computed. By default (3, 3) with "lina", but (1, 1) over "p2p", which takes no other;
+            with "plain" what the mesh has; with "auto" the plan's.
+        hook: with "lina" and "auto": sizes of micro-ops, compression; by default ``HookState(mesh)``, with
+            "auto" by the measured link.
+        observe: with "auto": steps before the plan, counted as forward passes with gradients to reduce.
+        optimizer, regroup: with "auto": the optimizer says how much state experts have, and ``regroup=True``
+            lets the plan move experts and that state to another ep (:func:`lina.regroup`).
         options: DistributedDataParallel's; ``process_group`` and ``device_mesh`` come from the mesh.
             ``no_sync``, ``find_unused_parameters``, ``static_graph``, ``gradient_as_bucket_view``,
             comm hooks and autocast work as there; ``mixed_precision`` and ``join`` do not work with
@@ -142,12 +174,14 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
 
     Raises:
         ValueError: an option that cannot work, or ranks whose experts differ in names, shapes or
-            dtypes; on every rank.
+            dtypes; with "auto" a cost model that is missing, of another machine, or without the
+            transport in use; on every rank.
         RuntimeError: no parameter outside the experts takes a gradient. In forward: the model was
             given back its experts (:func:`lina.unswap`) since. In backward: another rank failed or
             left, within the group's timeout.
     """
-    return DataParallel(model, mesh, schedule=schedule, degree=degree, hook=hook, **options)
+    return DataParallel(model, mesh, schedule=schedule, degree=degree, hook=hook, observe=observe,
+                        optimizer=optimizer, regroup=regroup, **options)
 
 
 def _traced(state: Any, bucket):  # torch reads these annotations and wants them absent or its own

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import ops, tracing
+from lina.parallel.observe import saw_rows
 from lina.parallel.transport import failure, gate
 
 _AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients")
@@ -145,6 +146,7 @@ def _plan(expert_TK: Tensor, experts: int, facts: list[int], group: dist.Process
             shown: list[Any] = [str(ops.FLOATS[v]) for v in values] if name.startswith("dtype") else values
             raise ValueError(f"dispatch: the ranks of one expert group disagree on {name}: {shown} by rank")
 
+    saw_rows(sent, received, group.rank())
     row_TK = rows.pair_row_TK.long().gather(1, rank_TK.clamp(max=ep - 1))
     rows = rows._replace(row_pair_N=rows.row_pair_N[:sum(sent)])      # as many as there are rows
     return Route(group, sent, received, rows.row_pair_N // ep, torch.where(present_TK, row_TK, -1), rows)

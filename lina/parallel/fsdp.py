@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lina.parallel.ddp import DEFAULT_DEGREE, SCHEDULES, _check_same
+from lina.parallel.ddp import DEFAULT_DEGREE, _check_same
 from lina.parallel.dispatch import eagerly
 from lina.parallel.experts import ExpertParameter, expert_parameters
 from lina.parallel.hook import HookState
@@ -23,6 +23,7 @@ from lina.parallel.reduce import ExpertReducer
 from lina.parallel.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.settings import settings
 
+SCHEDULES = ("plain", "lina")
 _HERE = "_lina_fsdp"          # the attribute of a model that keeps what a call set
 
 

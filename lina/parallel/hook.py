@@ -82,8 +82,10 @@ class HookState:
         """The queue of gradients on ``device``; the first call is collective."""
         if self._queue is None:
             carrier = chosen(self.mesh_or_group) if isinstance(self.mesh_or_group, DeviceMesh) else "nccl"
-            kind = DeviceQueue if device.type == "cuda" and carrier != "c10d" else HostQueue
-            self._queue = kind(self.group, self.link, self.micro_op_s)
+            if device.type == "cuda" and carrier != "c10d":
+                self._queue = DeviceQueue(self.group, self.link, self.micro_op_s, carrier == "p2p")
+            else:
+                self._queue = HostQueue(self.group, self.link, self.micro_op_s)
         return self._queue
 
     def __getstate__(self) -> dict[str, Any]:

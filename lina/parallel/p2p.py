@@ -69,7 +69,7 @@ def _moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: tuple, exp
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     (T, D), K = x_TD.shape, weight_TK.shape[1]
     layer = peers.layer(T, D, K, experts, x_TD.dtype, grad, tokens)
-    call = _Round(peers, layer, T, D, K, experts, x_TD.dtype)
+    call = _Round(peers, layer, T, D, K, experts, x_TD.dtype, grad)
     return _Moe.apply(x_TD, weight_TK, expert_TK, *weights, call, options, grad)
 
 
@@ -83,13 +83,14 @@ class _Round(NamedTuple):
     K: int
     E: int
     dtype: torch.dtype
+    priority: bool = False             # gradients give way while it runs: rounds of training
 
     def dispatch(self, name: str, x: Tensor, expert: Tensor | None, weight: Tensor | None, slot: Tensor,
                  count: Tensor, x_R: Tensor | None, weight_R: Tensor | None, expert_R: Tensor | None) -> None:
         width = self.D * self.dtype.itemsize + (0 if expert is None else 8 * self.K)
         with tracing.span("a2a", name, bytes=lambda: self._leaving(count[0]) * width):
-            _C.peers_dispatch(self.peers.handle, current_stream(), self.layer.tag, self.T, self.layer.C,
-                              self.K, self.E, self.D * self.dtype.itemsize,
+            _C.peers_dispatch(self.peers.handle, current_stream(), self.layer.tag, self.priority,
+                              self.T, self.layer.C, self.K, self.E, self.D * self.dtype.itemsize,
                               *map(_at, (x, expert, weight, slot, count, x_R, weight_R, expert_R)))
 
     def collect(self, name: str, y: Tensor, pair_row: Tensor | None, weight_R: Tensor | None,
@@ -98,8 +99,8 @@ class _Round(NamedTuple):
         out = y.new_empty(self.T, self.D)
         width = self.D * self.dtype.itemsize + (0 if dweight is None else 4 * self.K)
         with tracing.span("a2a", name, bytes=lambda: self._leaving(count[1]) * width):
-            _C.peers_collect(self.peers.handle, current_stream(), self.layer.tag, self.T, self.layer.C,
-                             self.K, self.E, self.D, _DTYPES.index(self.dtype),
+            _C.peers_collect(self.peers.handle, current_stream(), self.layer.tag, self.priority,
+                             self.T, self.layer.C, self.K, self.E, self.D, _DTYPES.index(self.dtype),
                              *map(_at, (y, pair_row, weight_R, dweight_R, slot, count, expert, out, dweight)))
         return out
 

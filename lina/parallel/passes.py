@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lina import ops, tracing
 from lina.parallel.dispatch import raw
-from lina.parallel.layout import COLUMNS, Layout, layout, tables
+from lina.parallel.layout import CHUNKS, COLUMNS, Layout, layout, tables
+from lina.parallel.observe import saw_rows
 from lina.parallel.transport import Pending, Transport
 
 AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients",
@@ -76,6 +77,11 @@ def plan(expert_TK: Tensor, facts: list[int], job: Job, save: bool) -> Callable[
                 continue
             own = slice(len(AGREED) + i * COLUMNS, len(AGREED) + (i + 1) * COLUMNS)
             made.append(layout(table, [m[own] for m in mine], [t[own] for t in theirs], me))
+        first = slice(len(AGREED) + CHUNKS, len(AGREED) + COLUMNS)
+        pairs = sum(mine[me][first]), sum(sum(theirs[r][first]) for r in range(ep) if r != me)
+        sent, received = ([sum(n) for n in zip(*chunks, strict=True)]
+                          for chunks in (made[0].sent, made[0].received))
+        saw_rows(sent, received, me, pairs)
         return made
     return known
 

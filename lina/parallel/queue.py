@@ -26,6 +26,8 @@ from torch.futures import Future
 from lina import _C, tracing
 from lina.parallel.mesh import _timeout
 from lina.parallel.nccl import Reducer
+from lina.parallel.peer_reduce import DTYPES, PeerReducer
+from lina.parallel.peers import MAX_RANKS
 from lina.parallel.transport import gate
 
 UNIT = 256        # bytes of which every cut is a multiple: whole elements, whole cache lines
@@ -222,24 +224,36 @@ def _reduce(entry: _Entry, own: Any, offset: int, size: int, stream: Any) -> Non
 
 
 class DeviceQueue:
-    """The same over NCCL communicators of lina's own, one for each group; see nccl.Reducer."""
+    """The same on the device, one reducer for each group: over NCCL communicators of lina's own
+    (nccl.Reducer), or with ``peers``, among ranks of one host, over peers' memory (peer_reduce.py)."""
 
-    def __init__(self, group: dist.ProcessGroup, link: tuple[float, float], micro_op_s: float) -> None:
-        self._group, self._model = group, (link, micro_op_s)
-        self._reducers: dict[dist.ProcessGroup, Reducer] = {}
-        self._reducer(group)
+    def __init__(self, group: dist.ProcessGroup, link: tuple[float, float], micro_op_s: float,
+                 peers: bool = False) -> None:
+        self._group, self._model, self._peers = group, (link, micro_op_s), peers
+        self._reducers: dict[tuple[dist.ProcessGroup, bool], Reducer | PeerReducer] = {}
+        self._reducer(group, torch.float32)
 
     def submit(self, flat: Tensor, label: str, *, average: bool = True,
                group: dist.ProcessGroup | None = None) -> Future[Tensor]:
         """See Queue."""
-        reducer = self._reducer(group or self._group)
+        reducer = self._reducer(group or self._group, flat.dtype)
         reducer.all_reduce(flat, mean=average)
         return reducer.future(flat)
 
-    def _reducer(self, group: dist.ProcessGroup) -> Reducer:
-        if group not in self._reducers:
-            self._reducers[group] = Reducer(group, *self._model)
-        return self._reducers[group]
+    def _reducer(self, group: dist.ProcessGroup, dtype: torch.dtype) -> Reducer | PeerReducer:
+        over_peers = self._peers and dtype in DTYPES and 2 <= group.size() <= MAX_RANKS
+        found = self._reducers.get((group, over_peers))
+        if found is None:
+            found = self._reducers[group, over_peers] = self._make(group, over_peers)
+        return found
+
+    def _make(self, group: dist.ProcessGroup, over_peers: bool) -> Reducer | PeerReducer:
+        if over_peers:
+            try:
+                return PeerReducer(group)
+            except ValueError:             # on all ranks alike: they are of several hosts
+                pass
+        return Reducer(group, *self._model)
 
     def close(self) -> None:
         """See Queue."""

@@ -18,7 +18,8 @@ class Settings:
 
     Attributes:
         transport: "auto" (chosen by what the ranks have), "c10d", "nccl" or "p2p".
-        degree: expert passes of a layer forward and backward, 1 to 8 each (spread.py says which).
+        degree: expert passes of a layer forward and backward, 1 to 8 each (spread.py says which);
+            with "p2p" (1, 1) alone.
         tokens, cap_bytes: "p2p" alone: the most tokens that any rank will have, None: as many as it has
             in the first call; and the limit on a rank's receive buffer, None: its GPU's memory.
     """

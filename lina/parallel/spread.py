@@ -32,6 +32,7 @@ from lina.parallel.carriers import transport
 from lina.parallel.dispatch import collect, dispatch, eagerly, pack, unpack
 from lina.parallel.layout import Layout, found_in
 from lina.parallel.mesh import groups, local_count
+from lina.parallel.observe import saw_layer
 from lina.parallel.passes import Job, ahead, plan, run
 from lina.parallel.peers import peers_of
 from lina.parallel.settings import chosen, settings
@@ -66,8 +67,13 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
     if w_up.dim() == 3 and w_up.shape[0] != local:
         raise ValueError(f"moe: w_up has {w_up.shape[0]} experts, must have {local}: {experts} are spread "
                          f"over {ep.size()} ranks")
+    saw: Any = eagerly(saw_layer) if torch.compiler.is_compiling() else saw_layer
+    saw(x_TD, expert_TK, (w_up, w_down, options.get("b_up"), options.get("b_down")), experts,
+        options.get("activation", "swiglu"))
     name, degree = chosen(mesh), settings(mesh).degree
     if name == "p2p":
+        if degree != (1, 1):
+            raise ValueError(f"moe: degree is {degree}, transport p2p runs in one pass, (1, 1)")
         peers = peers_of(ep, tokens=settings(mesh).tokens, cap_bytes=settings(mesh).cap_bytes)
         return p2p.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts, peers=peers, **options)
     if name == "c10d" and degree == (1, 1):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("float32", "bf16", "fp16")
+SCHEDULES = ("plain", "lina", "auto")
+TRANSPORTS = ("c10d", "nccl", "p2p")
 
 
 class OptionError(ValueError):
@@ -38,6 +40,9 @@ class Options:
     dense: bool = False
     ranks: int | None = None
     ep: int | None = None
+    schedule: str = "plain"
+    transport: str = "c10d"
+    degree: str | None = None
     device: str | None = None
     data: str | None = None
     heldout_kib: int = 192
@@ -62,6 +67,9 @@ HELP = {
     "dense": "the baseline: dense FFNs of the same active size instead of experts",
     "ranks": "processes to start (default: one a GPU, else 2); torchrun's count under torchrun",
     "ep": "ranks that share the experts (default: as many as possible)",
+    "schedule": "gradients beside all-to-alls (plain), after them (lina), or as planned (auto)",
+    "transport": "what carries tokens between ranks: c10d, or on cuda nccl or p2p",
+    "degree": "passes of the experts forward and backward, 1 to 8 (default: 1,1; lina: 3,3; auto: planned)",
     "device": "cpu or cuda (default: cuda where there is one)",
     "data": "a text file or a folder of them (default: the Python standard library's sources)",
     "heldout_kib": "most KiB of held-out text to score", "sample": "bytes of text to generate at the end",
@@ -75,7 +83,7 @@ HELP = {
 # What a checkpoint fixes: another value would not continue the same run.
 FIXED = ("dim", "layers", "heads", "experts", "top_k", "ffn_dim", "seq", "batch", "balance_coef", "clip",
          "seed", "precision", "dense", "ranks", "ep", "device", "data", "heldout_kib")
-KEPT = (*FIXED, "steps", "lr")
+KEPT = (*FIXED, "steps", "lr", "schedule", "transport", "degree")
 
 
 def flag(name: str) -> str:
@@ -93,10 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if field.type == "bool":
             parser.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
             continue
-        choices = {"precision": PRECISIONS, "device": ("cpu", "cuda")}.get(field.name)
+        choices = {"precision": PRECISIONS, "device": ("cpu", "cuda"), "schedule": SCHEDULES,
+                   "transport": TRANSPORTS}.get(field.name)
         kind = kinds[str(field.type).split(" ")[0]]
-        metavar = None if choices else {"int": "N", "float": "X", "str": "PATH"}[kind.__name__]
-        parser.add_argument(flag(field.name), type=kind, choices=choices, metavar=metavar,
+        shown = {"int": "N", "float": "X", "str": "PATH" if field.name != "degree" else "F,B"}[kind.__name__]
+        parser.add_argument(flag(field.name), type=kind, choices=choices, metavar=None if choices else shown,
                             default=argparse.SUPPRESS, help=text)
 
 
@@ -180,6 +189,29 @@ def _least(o: Options, name: str, limit: float) -> None:
         raise OptionError(f"{flag(name)}: {getattr(o, name)}, at least {limit}")
 
 
+def passes(o: Options) -> tuple[int, int] | None:
+    """``o.degree`` as two numbers; None where it is not given."""
+    if o.degree is None:
+        return None
+    forward, _, backward = o.degree.partition(",")
+    if not all(n.isdecimal() and 1 <= int(n) <= 8 for n in (forward, backward)):
+        raise OptionError(f"--degree: {o.degree}, two numbers from 1 to 8, as in 3,3")
+    return int(forward), int(backward)
+
+
+def _check_schedule(o: Options) -> None:
+    passes(o)
+    if o.transport != "c10d" and o.device != "cuda":
+        raise OptionError(f"--transport: {o.transport}, needs --device cuda")
+    if o.schedule == "auto" and os.environ.get("RANK", "0") == "0":
+        import lina
+
+        try:
+            lina.parallel.CostModel.load(device=o.device, world=o.ranks)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--schedule: auto, {error}") from error
+
+
 def _check(o: Options) -> None:
     ranks, ep = o.ranks or 1, o.ep or 1
     for name, limit in (("dim", 2), ("heads", 1), ("layers", 1 if o.dense else 2), ("top_k", 1),
@@ -200,6 +232,7 @@ def _check(o: Options) -> None:
             raise OptionError(f"{flag(name)}: {value}, a multiple of {by} = {divisor}")
     if o.precision == "fp16" and o.device == "cpu":
         raise OptionError("--precision: fp16, needs --device cuda (bf16 and float32 run on the CPU)")
+    _check_schedule(o)
     for name in ("stop", "save_every"):
         value = getattr(o, name)
         if value is not None and not 1 <= value <= o.steps:

@@ -18,7 +18,7 @@ from lina import tracing
 
 from . import checkpoint, data
 from .model import Transformer
-from .options import Options
+from .options import Options, passes
 
 # DistributedDataParallel's option by its newer or older name.
 SYNC_BUFFERS = "forward_sync_buffers"
@@ -50,10 +50,10 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.corpus = data.load(o)
         _same_everywhere(self.corpus)
-        self.mesh = lina.mesh(ep=o.ep or 1)
+        self.mesh = lina.mesh(ep=o.ep or 1, transport=o.transport)
         self.net = Transformer(o, self.mesh).to(device)
         options: dict[str, Any] = {SYNC_BUFFERS: False}                          # they are constants
-        self.model = lina.ddp(self.net, self.mesh, **options)
+        self.model = lina.ddp(self.net, self.mesh, schedule=o.schedule, degree=passes(o), **options)
         if not o.balance_coef:          # the routers then keep no statistics themselves
             for router in self._routers():
                 router.register_forward_hook(_count)

@@ -1,0 +1,165 @@
+"""What a few steps of a model show: each spread layer's traffic, and where the step's time goes.
+
+Only what the host knows anyway is kept: shapes, and counts that a transport has read. Nothing waits for
+a device before :meth:`Observer.facts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+
+@dataclass
+class Call:
+    """One spread layer, once forward, on one rank. Rows: copies of tokens; pairs: of token and expert.
+
+    sent, received: rows to and from other ranks; -1: known to the device alone.
+    own_pairs, remote_pairs: for experts here, of tokens here and of other ranks'; -1: not known.
+    """
+
+    experts: int
+    top_k: int
+    dim: int
+    ffn_dim: int
+    local: int
+    ep: int
+    dtype: str
+    activation: str
+    expert_bytes: int              # gradients of this rank's experts
+    expert_params: int             # of one expert
+    tokens: float
+    sent: float = -1.0
+    received: float = -1.0
+    own_pairs: float = -1.0
+    remote_pairs: float = -1.0
+
+
+_calls: list[Call] | None = None       # of the forward pass that is watched; None: nobody looks
+
+
+def saw_layer(x_TD: Tensor, expert_TK: Tensor, weights: tuple[Tensor | None, ...], experts: int,
+              activation: str) -> None:
+    """A layer begins; ``weights`` are w_up, w_down, and biases where there are some."""
+    if _calls is None:
+        return
+    dtype, kind, held = x_TD.dtype, x_TD.device.type, [w for w in weights if w is not None]
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    local, dim, ffn_dim = held[1].shape
+    _calls.append(Call(experts, expert_TK.shape[1], dim, ffn_dim, local, experts // local,
+                       str(dtype).removeprefix("torch."), activation, sum(w.nbytes for w in held),
+                       sum(w.numel() for w in held) // local, float(x_TD.shape[0])))
+
+
+def saw_rows(sent: list[int], received: list[int], me: int,
+             pairs: tuple[int, int] | None = None) -> None:
+    """Rows to and from each rank, for the layer that began last; ``pairs``: own and remote ones."""
+    if not _calls:
+        return
+    call = _calls[-1]
+    call.sent, call.received = (float(sum(n) - n[me]) for n in (sent, received))
+    if pairs is not None:
+        call.own_pairs, call.remote_pairs = map(float, pairs)
+
+
+@dataclass
+class _Step:
+    start: Any
+    calls: list[Call]
+    forward: Any = None            # when forward ended
+    backward: Any = None           # when backward ended, with its reductions
+    next: Any = None               # when the next step began; None: something else ran between
+
+
+class Observer:
+    """Of one model on one device, between :meth:`begin` and :meth:`facts`.
+
+    A step begins with a forward pass whose gradients will be reduced. Times are the host's, or on
+    CUDA those of events on the current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps: list[_Step] = []
+        self._open = False             # forward of the last step runs
+        self._follows = False          # nothing but that step has run since it began
+        self._queued = False
+
+    def begin(self) -> None:
+        """Forward of a step begins."""
+        global _calls
+        now = self._now()
+        if self.steps and self._follows:
+            self.steps[-1].next = now
+        _calls = []
+        self.steps.append(_Step(now, _calls))
+        self._open, self._follows, self._queued = True, True, False
+
+    def forward_ends(self) -> None:
+        """Also where forward raised."""
+        global _calls
+        if self._open:
+            _calls, self._open = None, False
+            self.steps[-1].forward = self._now()
+
+    def other_work(self) -> None:
+        """A forward pass that is no step: what follows the last step is not timed."""
+        self._follows = False
+
+    def in_backward(self) -> None:
+        """From within a step's backward pass, while reductions are still to come."""
+        if not self._queued and self.steps:
+            self._queued = True
+            # Those who wait for the reductions have queued, or will, before this one's second turn.
+            queue = Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._backward_ends))
+
+    def _backward_ends(self) -> None:
+        self.steps[-1].backward = self._now()
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def facts(self) -> dict[str, Any] | None:
+        """forward_s, backward_s and outside_s (from there to the next step): medians; calls: the
+        layers', means. None if no step was whole. Ends the observation; on CUDA waits for the device."""
+        self.forward_ends()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        whole = [s for s in self.steps if s.forward is not None and s.backward is not None]
+        later = whole[len(whole) // 3:]            # the first steps load and allocate
+        if not later:
+            return None
+        outside = [self._between(s.backward, s.next) for s in later if s.next is not None]
+        return dict(
+            forward_s=statistics.median(self._between(s.start, s.forward) for s in later),
+            backward_s=statistics.median(self._between(s.forward, s.backward) for s in later),
+            outside_s=statistics.median(outside) if outside else 0.0,
+            calls=[dataclasses.asdict(c) for c in _means([s.calls for s in whole])])
+
+    def _between(self, start: Any, stop: Any) -> float:
+        return stop - start if self.device.type != "cuda" else start.elapsed_time(stop) / 1e3
+
+
+def _means(steps: list[list[Call]]) -> list[Call]:
+    """The i-th layer's mean over the steps that have as many layers as the longest one."""
+    most = max(map(len, steps))
+    alike = [calls for calls in steps if len(calls) == most]
+    found = []
+    for calls in zip(*alike, strict=True):
+        means = {name: statistics.fmean(getattr(c, name) for c in calls)
+                 for name in ("tokens", "sent", "received", "own_pairs", "remote_pairs")}
+        found.append(dataclasses.replace(calls[-1], **means))
+    return found

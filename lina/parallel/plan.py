@@ -1,0 +1,269 @@
+"""The decision of ``lina.ddp(..., schedule="auto")``: from an observed step and a cost model, how to run.
+
+A pure function of both: :func:`decide`. What is tried, each by :func:`lina.parallel.predict`: the
+plain order and all-to-alls first, in one pass and in the degrees that the layers are fastest in by
+csrc/plan/pipeline.h, over each transport that may be used, with several sizes of micro-ops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lina import _C
+from lina.parallel.cost import CostModel
+from lina.parallel.predict import (
+    MICRO_OP_S,
+    WORTH,
+    LayerLoad,
+    Workload,
+    best_degree,
+    calibrate,
+    copies,
+    links,
+    pipeline,
+    predict,
+)
+from lina.parallel.queue import UNIT
+from lina.parallel.settings import MAX_DEGREE
+
+MICRO_OPS_S = (MICRO_OP_S, 0.25e-3, 1e-3, 2e-3)        # tried in this order
+STEPS = 1000           # that a move of experts should pay for itself in
+_FIRST = ("plain", "lina")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to run, and its predicted step."""
+
+    transport: str
+    schedule: str
+    degree: tuple[int, int]
+    micro_op_s: float
+    ep: int
+    step_s: float
+
+    @property
+    def label(self) -> str:
+        """For example "nccl lina 3/4, ep 8"."""
+        return f"{self.transport} {self.schedule} {self.degree[0]}/{self.degree[1]}, ep {self.ep}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What packing needs to know of a rank. bytes a parameter of the experts.
+
+    gradient: reduced.  kept: weights, gradients, optimizer state.  moved: weights, optimizer state.
+    memory: free for experts, with those that are here; None: no limit.
+    """
+
+    gradient: float
+    kept: float
+    moved: float
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, from what, and why.
+
+    Attributes:
+        transport, schedule, degree, micro_op_s, ep: how the model runs from here on.
+        micro_op_bytes: of a full micro-op by ``link``, (alpha, beta) of an allreduce; 0 with "plain".
+        trials: all that was tried.  load: the step that was observed, with its dense seconds.
+        packing: a row for each ep, as csrc/plan/packing.h's.  packed_ep: the best; None: not known.
+        reasons: one line each.  measured: the cost model's date.
+    """
+
+    transport: str
+    schedule: str
+    degree: tuple[int, int]
+    micro_op_s: float
+    ep: int
+    micro_op_bytes: int
+    link: tuple[float, float]
+    trials: tuple[Trial, ...]
+    load: Workload
+    packing: tuple[dict[str, Any], ...]
+    packed_ep: int | None
+    reasons: tuple[str, ...]
+    measured: str
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """Seconds of a step by :attr:`Trial.label`, with its best size of micro-ops."""
+        found: dict[str, float] = {}
+        for trial in self.trials:
+            found[trial.label] = min(trial.step_s, found.get(trial.label, trial.step_s))
+        return found
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The trial that was chosen; None where nothing could be predicted."""
+        mine = (self.transport, self.schedule, self.degree, self.micro_op_s, self.ep)
+        return next((t for t in self.trials if dataclasses.astuple(t)[:5] == mine), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-able; :meth:`from_json` takes it back."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Plan:
+        """Raises ValueError for anything but what :meth:`as_json` gives."""
+        try:
+            value = {name: _tuples(v) for name, v in value.items()}
+            load = dict(value["load"])
+            load["layers"] = tuple(LayerLoad(**layer) for layer in load["layers"])
+            return Plan(**{**value, "load": Workload(**load),
+                           "trials": tuple(Trial(**t) for t in value["trials"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan written by lina ({type(error).__name__}: {error})") from error
+
+    def __str__(self) -> str:
+        load, way = self.load, f"{self.degree[0]}/{self.degree[1]} passes over {self.transport}, ep {self.ep}"
+        lines = [f"schedule {self.schedule}, {way}" + (
+            f", micro-ops of {1e3 * self.micro_op_s:g} ms ({self.micro_op_bytes / 1e6:.1f} MB)"
+            if self.schedule == "lina" else "")]
+        lines.append(f"observed step {1e3 * load.step_s:.2f} ms (forward {1e3 * load.forward_s:.2f}, "
+                     f"backward {1e3 * load.backward_s:.2f}, outside {1e3 * load.outside_s:.2f}); dense part "
+                     f"{1e3 * load.dense_s[0]:.2f} + {1e3 * load.dense_s[1]:.2f}")
+        lines += [f"predicted {1e3 * s:10.2f} ms  {label}" for label, s in self.predicted.items()]
+        lines += [f"{layer.name}: {layer.tokens:.0f} tokens, {layer.rows:.0f} rows to other ranks, pairs "
+                  f"{layer.own_pairs:.0f} own and {layer.remote_pairs:.0f} remote" for layer in load.layers]
+        return "\n".join([*lines, *self.reasons])
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    return {k: _tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def decide(load: Workload, cost: CostModel, *, transports: tuple[str, ...],
+           degree: tuple[int, int] | None = None, micro_op_s: float | None = None, state: State | None = None,
+           may_move: bool = False, notes: tuple[str, ...] = ()) -> Plan:
+    """The plan for ``load``, which was observed over ``transports[0]`` in the plain order, one pass a layer.
+
+    Args:
+        transports: that may be chosen.  degree, micro_op_s: given, or None to choose.
+        state: of a rank, for packing.  may_move: whether another ep may be chosen.
+
+    Raises:
+        ValueError: the cost model lacks a link, or a dtype of experts.
+    """
+    reasons = list(notes)
+    if load.layers and cost.ep != load.ep:
+        reasons.append(f"all-to-alls were measured among {cost.ep} ranks, the model's are among {load.ep}")
+    load = calibrate(load, cost, transports[0])
+    trials = _tried(load, cost, transports, degree, micro_op_s)
+    found = _pick(trials, degree)
+    rows, packed = (), None
+    if state is not None and load.layers and load.world > 1:
+        packs = packing(load, cost, transports[0], state)
+        if isinstance(packs, str):
+            reasons.append(packs)
+        else:
+            rows, packed = tuple(packs["rows"]), packs["ep"]
+            reasons.append(_packing_reason(packs, load.ep))
+    if may_move and packed is not None and packed != load.ep:
+        apart = tuple(layer.spread(packed) for layer in load.layers)
+        moved = dataclasses.replace(load, ep=packed, layers=apart)
+        there = _tried(moved, cost, transports, degree, micro_op_s)
+        best = _pick(there, degree)
+        trials += there
+        if best.step_s < found.step_s * (1 - WORTH):
+            found = best
+            reasons.append(f"experts move to ep {packed}")
+    reasons += _why(load, cost, trials, found)
+    link, size = (0.0, 0.0), 0
+    if found.schedule == "lina" and load.world > 1:
+        line = links(cost, found.transport, "lina", ep=load.ep, world=load.world)[1]
+        link = line.alpha_s, line.beta_s
+        size = _C.Policy(link, found.micro_op_s, UNIT).size
+    return Plan(found.transport, found.schedule, found.degree, found.micro_op_s, found.ep, size, link,
+                tuple(trials), load, rows, packed, tuple(reasons), cost.date)
+
+
+def unchanged(load: Workload, transport: str, degree: tuple[int, int], *reasons: str) -> Plan:
+    """The plan of a model about which nothing can be predicted."""
+    return Plan(transport, "plain", degree, MICRO_OP_S, load.ep, 0, (0.0, 0.0), (), load, (), None,
+                reasons, "")
+
+
+def _tried(load: Workload, cost: CostModel, transports: tuple[str, ...], degree: tuple[int, int] | None,
+           micro_op_s: float | None) -> list[Trial]:
+    """Simplest first."""
+    made: list[Trial] = []
+    for schedule in _FIRST if load.layers and load.ep > 1 else ("plain",):
+        for name in transports:
+            best = (1, 1)
+            if name != "p2p" and load.ep > 1 and load.layers:       # which overlaps without passes
+                most = min(MAX_DEGREE, 2 + 1024 // load.ep)
+                best = degree or best_degree(load, cost, name, most)
+            for passes in dict.fromkeys([(1, 1), best]):
+                sizes = MICRO_OPS_S if micro_op_s is None else (micro_op_s,)
+                for size in sizes if schedule == "lina" else sizes[:1]:
+                    made.append(Trial(name, schedule, passes, size, load.ep, predict(
+                        load, cost, transport=name, schedule=schedule, degree=passes, micro_op_s=size)))
+    return made
+
+
+def _pick(trials: list[Trial], degree: tuple[int, int] | None) -> Trial:
+    open_to = [t for t in trials if degree is None or t.degree == degree or t.transport == "p2p"] or trials
+    least = min(t.step_s for t in open_to)
+    return next(t for t in open_to if t.step_s * (1 - WORTH) <= least)
+
+
+def _why(load: Workload, cost: CostModel, trials: list[Trial], found: Trial) -> list[str]:
+    if not load.layers or load.ep == 1:
+        return ["no layer is spread over ranks: nothing to overlap"]
+    plain = trials[0]
+    said = [f"{found.label}: {1e3 * found.step_s:.2f} ms, {plain.step_s / found.step_s:.2f} x {plain.label}"
+            f"; an order less simple must save {WORTH:.1%} of the step"]
+    a2a = links(cost, found.transport, "plain", ep=load.ep, world=load.world)[0]
+    if found.ep == load.ep:
+        for way, name in enumerate(("forward", "backward")):
+            one, many = (sum(pipeline(layer, cost, a2a, way, r) for layer in load.layers)
+                         for r in (1, found.degree[way]))
+            said.append(f"{name}: experts and exchanges of all layers take {1e3 * one:.2f} ms in one pass, "
+                        f"{1e3 * many:.2f} in {found.degree[way]}")
+    over = plain.step_s / load.step_s
+    if over > 1 + WORTH:
+        said.append(f"the parts take {over:.2f} x the step observed by the cost model, which overestimates "
+                    "them here")
+    return said
+
+
+def packing(load: Workload, cost: CostModel, transport: str, state: State) -> dict[str, Any] | str:
+    """csrc/plan/packing.h for layers of one kind, on links of one level; else why not."""
+    kinds = {(x.experts, x.top_k, x.dim, x.ffn_dim, x.dtype) for x in load.layers}
+    if len(kinds) > 1:
+        return "packing: not predicted for layers of several shapes"
+    layer, n = load.layers[0], len(load.layers)
+    a2a, reduce = links(cost, transport, "plain", ep=2, world=load.world)
+    ring = 2 * (load.world - 1) / load.world
+    near, over = (a2a.alpha_s, a2a.beta_s), (reduce.alpha_s, reduce.beta_s / ring)
+    lines, out, back = layer.expert_pass(cost), layer.out_bytes(), layer.back_bytes()
+    ways = [(out[i], back[i], (0.0, line.beta_s), line.alpha_s / layer.local)
+            for i, line in enumerate((lines.forward, lines.backward))]
+    memory: dict[str, Any] = {} if state.memory is None else {"memory_bytes": state.memory}
+    try:
+        return _C.packing(
+            world=load.world, node=load.world, layers=n, experts=layer.experts, top_k=layer.top_k,
+            tokens=max(x.tokens for x in load.layers), a2a_near=near, a2a_far=near, reduce_near=over,
+            reduce_far=over, forward=ways[0], backward=ways[1], expert_params=layer.expert_params,
+            gradient_bytes=state.gradient, state_bytes=state.kept, move_bytes=state.moved,
+            slack_s=load.dense_s[1] / n, ep_now=load.ep, steps=STEPS, **memory)
+    except ValueError as error:
+        return f"packing: {error}"
+
+
+def _packing_reason(packs: dict[str, Any], now: int) -> str:
+    rows = {row["ep"]: row for row in packs["rows"]}
+    best, here = rows[packs["ep"]], rows[now]
+    return (f"packing, were tokens routed evenly: ep {best['ep']} is best, its layers take "
+            f"{1e3 * best['step_s']:.2f} ms a step; ep {now} takes {1e3 * here['step_s']:.2f}")
+
+
+__all__ = ["Plan", "State", "Trial", "copies", "decide", "unchanged"]

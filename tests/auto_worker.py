@@ -1,0 +1,210 @@
+"""What every rank does in test_auto.py: some steps are observed, then a plan holds on all ranks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from parallel_worker import batch, error_of, everyone, loss_of, spread_net, whole_net
+from torch import nn
+
+import lina
+from lina import parallel
+from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, machine_facts
+
+OBSERVE, STEPS = 4, 8
+TOKENS = 24
+# Seconds a byte or a pair that make all that a tiny layer does seconds, so that what is predicted for
+# it does not hang on what this machine needs for its steps.
+SLOW = Line(0.0, 1e-3, 1.0)
+FREE = Line(0.0, 0.0, 1.0)
+KINDS = {   # all-to-all, allreduce, expert pass; then what must be found: degree, schedule
+    # half of the own rows takes longer than an exchange, and passes cost nothing to start: three hide all
+    "slow": (SLOW, FREE, Line(0.0, 0.1, 1.0), (3, 3), "plain"),
+    "free": (FREE, FREE, Line(0.01, 0.1, 1.0), (1, 1), "plain"),     # nothing to hide, and each pass costs
+    "far": (SLOW, FREE, Line(0.0, 1e-6, 1.0), None, None),           # nearly all is exchange
+    "started": (SLOW, FREE, Line(1e3, 0.1, 1.0), (1, 1), "plain"),   # a second pass costs more than it hides
+    # gradients that double the all-to-alls beside them, which experts could hide; in one pass, as given
+    "gentle": (SLOW, SLOW, Line(0.0, 0.01, 1.0), (1, 1), "lina"),
+}
+GIVEN: dict[str, dict] = {"gentle": dict(degree=(1, 1), bucket_cap_mb=0.00025)}      # of 262 bytes
+
+
+def save(kind: str, **changes) -> None:
+    """A cost model where lina looks for it; another file for each rank, but rank 0's counts."""
+    a2a, reduce, experts, *_ = KINDS[kind]
+    world = dist.get_world_size()
+    shape = ExpertShape(6, 10, 8 // world)
+    model = CostModel(**{**dict(
+        machine=machine_facts(), device="cpu", world=world, ep=world,
+        links={("a2a", "c10d"): a2a, ("allreduce", "c10d"): reduce},
+        experts=(ExpertPass(shape, experts, experts),)), **changes})
+    os.environ["LINA_PROFILE"] = str(Path(tempfile.mkdtemp()) / "profile.json")
+    model.save()
+
+
+def build(device, mesh, **options):
+    whole = whole_net("softmax", device)
+    net = spread_net(whole, "softmax", mesh)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    if options.get("regroup"):
+        options["optimizer"] = optimizer
+    return lina.ddp(net, mesh, **options), net, optimizer
+
+
+def train(wrapped, net, optimizer, steps, first: int = 0) -> list[torch.Tensor]:
+    rank, losses = dist.get_rank(), []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss = loss_of(wrapped, *batch(rank, step, next(net.parameters()), tokens=TOKENS + 3 * rank))
+        loss.backward()
+        optimizer.step()
+        time.sleep(0.002 * rank)               # ranks measure different steps
+        losses.append(loss.detach())
+    return losses
+
+
+def assert_same(got, want, what: str) -> None:
+    """Of STEPS steps of the same sums in another order: a few hundred terms each."""
+    limit = STEPS * 1000 * torch.finfo(want.dtype).eps * max(1.0, want.abs().max().item())
+    assert (got - want).abs().max().item() <= limit, f"{what}: {got} {want}"
+
+
+def chosen(device, kind: str) -> None:
+    """The known answer; the same on all ranks though they measured differently; losses as plain's."""
+    save(kind)
+    world = dist.get_world_size()
+    mesh, other = lina.mesh(ep=world), lina.mesh(ep=world)
+    plain = build(device, other)
+    want = train(*plain, STEPS)
+    wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE,
+                                    **GIVEN.get(kind, {}))
+    seen = []
+    facts = wrapped._auto._facts
+    wrapped._auto._facts = lambda model: seen.append(facts(model)) or seen[0]
+    got = train(wrapped, net, optimizer, OBSERVE)
+    assert wrapped.plan is None and parallel.settings(mesh).degree == (1, 1)
+    with torch.no_grad():                      # no step, and on no account the moment of the decision
+        wrapped(torch.zeros(2, 4, dtype=got[0].dtype))
+    with wrapped.no_sync():
+        loss_of(wrapped, *batch(0, 99, next(net.parameters()))).backward()
+    assert wrapped.plan is None
+    optimizer.zero_grad()
+    got += train(wrapped, net, optimizer, STEPS - OBSERVE, first=OBSERVE)
+    plan, (degree, schedule) = wrapped.plan, KINDS[kind][3:]
+    assert plan is not None and wrapped._auto is None, "no decision"
+    assert len(set(everyone(repr(plan)))) == 1
+    assert len(set(everyone(repr(seen[0]["step"]["forward_s"])))) == world, "ranks measured the same?"
+    assert plan.degree == degree == parallel.settings(mesh).degree, f"{plan}"
+    assert plan.transport == parallel.settings(mesh).transport == "c10d"
+    assert plan.schedule == schedule, f"{plan}"
+    assert (wrapped.expert_reducer.queue is not None) == (schedule == "lina")
+    if schedule == "lina":
+        policy = wrapped.expert_reducer.queue(device)._state.policy
+        assert policy.size == plan.micro_op_bytes and policy.started > 0 and policy.pending == 0
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_same(a, b, f"{kind}: loss {i}")
+    for (name, a), b in zip(net.named_parameters(), plain[1].parameters(), strict=True):
+        assert_same(a.detach(), b.detach(), f"{kind}: {name}")
+    traffic(plan, seen[0]["step"], world)
+
+
+def traffic(plan, step, world: int) -> None:
+    """What was observed: tokens and rows of the rank with most, every pair once."""
+    load, most = plan.load, TOKENS + 3 * (world - 1)
+    assert [layer.name for layer in load.layers] == ["moe1.experts", "moe2.experts"]
+    dense = sum(sum(grads) for grads in load.dense_grads)
+    # first, middle, last and two routers, in float64
+    assert dense == 8 * (6 * 5 + 6 * 7 + 4 * 7 + 2 * 8 * 6), load.dense_grads
+    assert load.dense_grads[-1] == (8 * 24, 8 * 4), "the last layer's come after the experts"
+    for layer, call in zip(load.layers, step["calls"], strict=True):
+        assert (layer.tokens, layer.top_k, layer.experts, layer.dtype) == (most, 3, 8, "float64")
+        everywhere = [torch.tensor(call[name]) for name in ("sent", "received")]
+        for total in everywhere:
+            dist.all_reduce(total)
+        assert everywhere[0] == everywhere[1] > 0
+        assert layer.rows <= most
+        rows = torch.tensor(max(call["sent"], call["received"]))
+        dist.all_reduce(rows, dist.ReduceOp.MAX)
+        assert layer.rows == rows.item()
+        assert 0 < layer.own_pairs + layer.remote_pairs <= 3 * world * most
+    assert load.step_s >= load.forward_s > 0 and load.backward_s > 0 and load.outside_s > 0
+
+
+def counted(device) -> None:
+    """A transport that reads its counts says how many pairs are computed where: all of them."""
+    save("slow")
+    world = dist.get_world_size()
+    mesh = lina.mesh(ep=world)
+    observer = parallel.observe.Observer(device)
+    net = spread_net(whole_net("softmax", device), "softmax", mesh)
+    x, _ = batch(dist.get_rank(), 0, next(net.parameters()), tokens=TOKENS)
+    found = {}
+    for degree in ((1, 1), (4, 2)):
+        parallel.settings(mesh).degree = degree
+        observer.begin()
+        net(x)
+        observer.forward_ends()
+        found[degree] = observer.steps[-1].calls
+    for plain, passes in zip(*found.values(), strict=True):
+        assert (plain.sent, plain.received) == (passes.sent, passes.received)
+        pairs = torch.tensor([passes.own_pairs + passes.remote_pairs])
+        dist.all_reduce(pairs)
+        assert pairs.item() == world * TOKENS * 3
+        assert plain.own_pairs == -1
+    net(x)
+    assert len(observer.steps[-1].calls) == 2, "nobody looks any more"
+
+
+def moved(device) -> None:
+    """On a link this slow every expert everywhere is best; with regroup=True it comes about."""
+    save("far")
+    world = dist.get_world_size()
+    plain = build(device, lina.mesh(ep=world))
+    want = train(*plain, STEPS)
+    for regroup in (False, True):
+        wrapped, net, optimizer = build(device, lina.mesh(ep=world), schedule="auto", observe=OBSERVE,
+                                        regroup=regroup)
+        got = train(wrapped, net, optimizer, STEPS)
+        plan = wrapped.plan
+        assert plan.packed_ep == 1 and {row["ep"] for row in plan.packing} == {1, world}
+        assert plan.ep == (1 if regroup else world)
+        assert net.moe1.experts.local == (8 if regroup else 8 // world)
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_same(a, b, f"regroup={regroup}: loss {i}")
+
+
+def refused(device) -> None:
+    """Before anything is changed, on every rank, though rank 0 alone knows."""
+    world = dist.get_world_size()
+    mesh = lina.mesh(ep=world)
+    net = nn.Sequential(nn.Linear(4, 4), lina.MoE(4, 4, 8, 2, mesh=mesh))
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    cases: list[tuple[dict, str]] = []
+    for make, text in ((lambda: os.environ.update(LINA_PROFILE="/nowhere/profile.json"),
+                        "ddp: schedule 'auto' needs a run of `lina profile`: .*no such file"),
+                       (lambda: save("free", machine={**machine_facts(), "cpu": "abacus"}),
+                        "was measured elsewhere: cpu there abacus, here "),
+                       (lambda: save("free", links={("allreduce", "c10d"): FREE}),
+                        "'a2a' was not measured")):
+        make()
+        cases.append(({}, text))
+        assert_refused(net, mesh, *cases[-1])
+    save("free")
+    assert_refused(net, mesh, dict(observe=0), "observe is 0, must be a number of steps")
+    assert_refused(net, mesh, dict(degree=(3, 9)), "degree is .3, 9., must be two numbers from 1 to 8")
+    assert_refused(net, mesh, dict(regroup=True), "give optimizer")
+    assert_refused(net, mesh, dict(observe=3 + dist.get_rank()), "given different options")
+    assert_refused(net, mesh, dict(schedule="plain", observe=3), "are for schedule 'auto', not 'plain'")
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert parallel.settings(mesh).degree == (1, 1)
+
+
+def assert_refused(net, mesh, options: dict, text: str) -> None:
+    import re
+    said = str(error_of(ValueError, lina.ddp, net, mesh, **{"schedule": "auto", **options}))
+    assert re.search(text, said), said

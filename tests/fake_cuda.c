@@ -1,0 +1,114 @@
+/* fake_cuda.c - the CUDA driver and runtime of fake_cuda.h. */
+#define _GNU_SOURCE
+#include "fake_cuda.h"
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ON_DEVICE (1ull << 62) /* no address a processor takes */
+
+/* ---- the driver ---- */
+
+static _Atomic uint32_t *on_host(CUdeviceptr word) {
+  if (!(word & ON_DEVICE)) fake_broken("a stream was given a host's pointer");
+  return (_Atomic uint32_t *)(uintptr_t)(word - ON_DEVICE);
+}
+
+static CUresult write_value(CUstream s, CUdeviceptr word, cuuint32_t value, unsigned flags) {
+  if (flags != CU_STREAM_WRITE_VALUE_DEFAULT ||
+      fake_breaks(fake_stream_device(s), FAKE_WRITE_VALUE))
+    return CUDA_ERROR_INVALID_VALUE;
+  fake_push_write(s, on_host(word), value);
+  return CUDA_SUCCESS;
+}
+
+static CUresult wait_value(CUstream s, CUdeviceptr word, cuuint32_t value, unsigned flags) {
+  if (flags != CU_STREAM_WAIT_VALUE_EQ) return CUDA_ERROR_INVALID_VALUE;
+  fake_push_wait(s, on_host(word), value);
+  return CUDA_SUCCESS;
+}
+
+/* ---- the runtime ---- */
+
+static _Thread_local int current;
+static pthread_mutex_t pinned_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct pinned {
+  void *memory;
+  struct pinned *next;
+} *pinned;   /* reachable, so no leak */
+
+const char *cudaGetErrorString(cudaError_t code) { return code ? "fake CUDA error" : "no error"; }
+
+cudaError_t cudaGetDevice(int *device) { return *device = current, cudaSuccess; }
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= FAKE_DEVICES) return cudaErrorInvalidValue;
+  return current = device, cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned flags) {
+  if (!(flags & cudaHostAllocMapped)) return cudaErrorInvalidValue;
+  if (fake_breaks(current, FAKE_HOST_ALLOC)) return cudaErrorMemoryAllocation;
+  struct pinned *p = malloc(sizeof *p);
+  *out = p->memory = malloc(bytes);
+  memset(*out, 0xa5, bytes);
+  pthread_mutex_lock(&pinned_lock);
+  p->next = pinned, pinned = p;
+  pthread_mutex_unlock(&pinned_lock);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostGetDevicePointer(void **on_device, void *host, unsigned flags) {
+  *on_device = (void *)(uintptr_t)((uintptr_t)host + ON_DEVICE);
+  return flags ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *host) { /* a stream may still write it */
+  fake_broken("pinned memory %p was freed", host);
+}
+
+typedef struct {
+  void *to;
+  const void *from;
+  size_t to_pitch, from_pitch, width, height;
+} copy;
+
+static void run_copy(fake_stream *s, void *argument) {
+  copy *c = argument;
+  (void)s;
+  for (size_t y = 0; y < c->height; y++)
+    memcpy((char *)c->to + y * c->to_pitch, (const char *)c->from + y * c->from_pitch, c->width);
+  free(c);
+}
+
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                              size_t width, size_t height, enum cudaMemcpyKind kind,
+                              cudaStream_t s) {
+  if (kind != cudaMemcpyDeviceToDevice || width > to_pitch || width > from_pitch ||
+      fake_breaks(fake_stream_device(s), FAKE_COPY))
+    return cudaErrorInvalidValue;
+  copy *c = malloc(sizeof *c);
+  *c = (copy){to, from, to_pitch, from_pitch, width, height};
+  fake_push(s, run_copy, c);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
+  bool on = fake_stream_captures(s);
+  *status = on ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+                                             unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *found) {
+  *function = NULL;
+  if (strcmp(name, "cuStreamWriteValue32") == 0) *function = (void *)write_value;
+  if (strcmp(name, "cuStreamWaitValue32") == 0) *function = (void *)wait_value;
+  *found = cudaDriverEntryPointSuccess;
+  return *function && version >= 11000 && flags == cudaEnableDefault ? cudaSuccess
+                                                                     : cudaErrorInvalidValue;
+}

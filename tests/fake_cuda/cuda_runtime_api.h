@@ -1,0 +1,34 @@
+/* cuda_runtime_api.h - what csrc/comm uses of the CUDA runtime, for fake_cuda.c. */
+#ifndef FAKE_CUDA_CUDA_RUNTIME_API_H
+#define FAKE_CUDA_CUDA_RUNTIME_API_H
+
+#include <stddef.h>
+
+typedef enum {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2
+} cudaError_t;
+typedef struct fake_stream *cudaStream_t;
+
+enum { cudaHostAllocPortable = 1, cudaHostAllocMapped = 2 };
+enum { cudaEnableDefault = 0 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+
+const char *cudaGetErrorString(cudaError_t code);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned flags);
+cudaError_t cudaHostGetDevicePointer(void **on_device, void *host, unsigned flags);
+cudaError_t cudaFreeHost(void *host);
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                              size_t width, size_t height, enum cudaMemcpyKind kind,
+                              cudaStream_t stream);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status);
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+                                             unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *found);
+
+#endif

@@ -1,0 +1,177 @@
+/* fuzz_comm_faults.c - ranks that stop, NCCL that fails, communicators that go: one
+ * scenario each, and the table of all. */
+#define _GNU_SOURCE
+#include "fuzz_comm.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "comm/priority.h"
+#include "error.h"
+
+/* Within timeout_s of `since_s`, and then for good: the calls too, and the streams go on. */
+static void must_fail(rank_state *s, lina_comm *c, double since_s, const char *words) {
+  double limit_s = s->timeout_s + FUZZ_MARGIN_S;
+  while (lina_comm_check(c) == LINA_OK) {
+    if (fake_now() - since_s > limit_s) fake_broken("no failure within %g s", limit_s);
+    fake_sleep(1e-3);
+  }
+  expect(lina_comm_check(c), LINA_EPEER, words, "a failed communicator");
+}
+
+static void must_stay_failed(rank_state *s) {
+  drain(s, "after a failure");
+  expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "tokens: rank", "an exchange after a failure");
+  expect(reduce(s, true), LINA_EPEER, "gradients: rank", "a reduction after a failure");
+  expect(scatter(s, 16384), LINA_EPEER, "gradients: rank", "a reduction after a failure");
+  drain(s, "after calls that were refused");
+}
+
+/* The last rank stops; the others are at all points of their work, the gate raised. */
+static void stops(rank_state *s) {
+  opened(s);
+  double since_s = fake_now();
+  if (s->rank < s->size - 1) {
+    fine(exchange(s, LINA_A2A_RAISE), "an exchange");
+    fine(reduce(s, true), "a reduction");
+    if (s->rank == 0) fine(scatter(s, 16384), "a reduction");
+    must_fail(s, s->tokens, since_s, "another rank has stopped, or hangs");
+    must_fail(s, s->gradients, since_s, "no progress");
+    must_stay_failed(s);
+  }
+  meet(s);
+}
+
+static void never_joins(rank_state *s) {
+  double since_s = fake_now();
+  if (s->rank > 0) {
+    expect(open_comms(s), LINA_EPEER, "did not answer in time", "a communicator without rank 0");
+    if (fake_now() - since_s > s->timeout_s + FUZZ_MARGIN_S) fake_broken("too late");
+  }
+  meet(s);
+}
+
+/* NCCL's own word comes long before the timeout. */
+static void reports(rank_state *s) {
+  opened(s);
+  if (s->rank == 0) {
+    double since_s = fake_now() - s->timeout_s + FUZZ_MARGIN_S;
+    fine(exchange(s, LINA_A2A_RAISE), "an exchange");
+    fine(reduce(s, true), "a reduction");
+    fake_break(0, FAKE_ASYNC);
+    must_fail(s, s->tokens, since_s, "NCCL: fake NCCL error: broken on purpose");
+    must_fail(s, s->gradients, since_s, "NCCL: fake NCCL error");
+    must_stay_failed(s);
+  }
+  meet(s);
+}
+
+static void late(fake_stream *s, void *unused) {
+  (void)s, (void)unused;
+  fake_sleep(0.1);
+}
+
+/* What was raised for an exchange that NCCL refused is lowered all the same, though the
+ * stream comes to it only after the failure. */
+static void refuses(rank_state *s) {
+  int64_t releases = 0;
+  uint32_t word = 1;
+  opened(s);
+  if (s->rank == 0) {
+    fake_push(s->a2a, late, NULL);
+    fake_break(0, FAKE_COLLECTIVE);
+    expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "NCCL: fake NCCL error", "an exchange");
+    drain(s, "after an exchange that NCCL refused");
+    fine(lina_priority_read(0, &word, &releases), "the gate");
+    if (word) fake_broken("the gate stays raised for an exchange that NCCL refused");
+    fine(lina_priority_raise(0, s->a2a), "raising");
+    drain(s, "after a raise");
+    fake_break(0, FAKE_COLLECTIVE);
+    expect(reduce(s, true), LINA_EPEER, "NCCL: fake NCCL error", "a reduction");
+    fine(lina_priority_read(0, &word, &releases), "the gate");
+    if (word) fake_broken("a failure did not release the gate at once");
+    must_stay_failed(s);
+  }
+  meet(s);
+}
+
+/* Meanwhile the watch, which sees an exchange without progress, must keep away. */
+static void stays_in_progress(rank_state *s) {
+  opened(s);
+  double since_s = fake_now();
+  if (s->rank == 0) {
+    fine(exchange(s, 0), "an exchange");
+    fake_break(0, FAKE_STUCK);
+    expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "did not answer in time", "an exchange");
+    if (fake_now() - since_s > s->timeout_s + FUZZ_MARGIN_S) fake_broken("too late");
+    drain(s, "after NCCL hung");
+  }
+  meet(s);
+}
+
+/* with_ranks frees: at once, with work in flight for which a rank is missing. */
+static void freed_busy(rank_state *s) {
+  opened(s);
+  if (s->rank > 0) {
+    fine(exchange(s, s->rank % 2 ? LINA_A2A_RAISE : 0), "an exchange");
+    fine(reduce(s, true), "a reduction");
+    fine(reduce(s, false), "a reduction");
+  }
+  if (s->rank == 1) fake_sleep(0.05);
+  lina_comm_free(NULL);
+}
+
+static void *exchange_on_a_thread(void *argument) {
+  rank_state *s = argument;
+  expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "closed", "an exchange while it is closed");
+  return NULL;
+}
+
+/* free() ends a call that another thread is in, and does so before its memory goes. */
+static void freed_in_call(rank_state *s) {
+  pthread_t thread;
+  opened(s);
+  if (s->rank == 0) {
+    double since_s = fake_now();
+    fake_break(0, FAKE_STUCK);
+    pthread_create(&thread, NULL, exchange_on_a_thread, s);
+    fake_sleep(0.1);
+    lina_comm_free(s->tokens);
+    if (fake_now() - since_s > FUZZ_MARGIN_S) fake_broken("freeing took too long");
+    pthread_join(thread, NULL);
+    s->tokens = NULL;
+  }
+  meet(s);
+}
+
+static const struct {
+  const char *name;
+  rank_function *function;
+  int size;
+  double timeout_s;
+} scenarios[] = {
+    {"a rank stops", stops, 4, 0.8},
+    {"a rank never joins", never_joins, 3, 0.5},
+    {"NCCL reports an error", reports, 2, 20},
+    {"NCCL refuses a call", refuses, 2, 20},
+    {"NCCL stays in progress", stays_in_progress, 2, 0.9},
+    {"freed while busy", freed_busy, 4, 20},
+    {"freed in a call of another thread", freed_in_call, 2, 20},
+    {"raised and never lowered", never_lowered, 3, 20},
+    {"bad arguments", bad_arguments, 2, 20},
+    {"CUDA fails", cuda_fails, 2, 20},
+    {"captured", captured, 2, 20},
+    {"idle and slow", slow, 2, 1.0},
+    {"one connection", one_connection, 2, 20},
+};
+
+int fault_count(void) { return (int)(sizeof scenarios / sizeof *scenarios); }
+
+const char *run_fault(int i, uint64_t seed) {
+  bool connection = scenarios[i].function == one_connection;
+  fake_hold(scenarios[i].function == never_lowered ? LINA_PRIORITY_HOLD_S : 0);
+  if (connection) setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1", 1);
+  with_ranks(scenarios[i].size, seed, 0, scenarios[i].timeout_s, scenarios[i].function);
+  if (connection) unsetenv("CUDA_DEVICE_MAX_CONNECTIONS");
+  return scenarios[i].name;
+}

@@ -1,0 +1,100 @@
+"""Scenarios of p2p_worker.py about single rounds: ways to send, priority over gradients, passes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from p2p_case import both, inputs, on_fresh, ours, same, settle, world, wrong
+from parallel_worker import error_of
+
+import lina
+from lina import _C, parallel
+from lina.parallel.p2p import _Round
+from lina.parallel.peers import Peers
+
+
+def ways(device) -> None:
+    """Each way to send gives the same bits: rows of a piece and a half, K of one and more, with gradients.
+
+    Above 2 MB a rank, where the copy engines take over; T is no multiple of anything.
+    """
+    group = dist.group.WORLD
+    peers = Peers(group, tokens=1501, timeout_s=10)
+    for T, D, K in ((1501, 1024, 3), (403, 3080, 1), (1501, 720, 8)):
+        leaves, expert, E = inputs(device, T - 7 * dist.get_rank(), D, 32, K, torch.bfloat16, "wide")
+        found = {}
+        for way in ("stores", "bulk", "split", "bulk"):
+            os.environ["LINA_P2P_WAY"] = way
+            now = on_fresh(lambda fresh, *more: ours(fresh, *more, peers), leaves, True, expert, E)
+            same(now, found.setdefault("first", now), f"{way} {T=} {D=} {K=}")
+        os.environ.pop("LINA_P2P_WAY")
+        both(leaves, expert, E, peers, group, f"{T=} {D=} {K=}")
+    peers.close()
+    settle()
+
+
+def priority(device) -> None:
+    """The word that gradients respect: raised from dispatch to collect in training, not without gradients;
+    down after forward and backward; a replayed graph raises it anew."""
+    peers, index = Peers(dist.group.WORLD, timeout_s=10), torch.cuda.current_device()
+    T, D, K, E = 8, 64, 2, 2 * world()
+    layer = peers.layer(T, D, K, E, torch.bfloat16, True)
+    expert = torch.arange(T * K, device=device, dtype=torch.int32).view(T, K) % E
+    x, weight = torch.ones(T, D, device=device, dtype=torch.bfloat16), torch.ones(T, K, device=device)
+    slot, count = expert.new_empty(T, world()), expert.new_empty(2, world())
+    y = x.new_ones(world() * layer.C, D)
+    received = weight.new_empty(len(y), K), expert.new_empty(len(y), K)
+
+    def raised() -> bool:
+        torch.cuda.synchronize()
+        return _C.read_priority(index)[0]
+
+    for on in (False, True):
+        call = _Round(peers, layer, T, D, K, E, torch.bfloat16, on)
+        def out(call=call) -> None:
+            call.dispatch("out", x, expert, weight, slot, count, None, *received)
+        def back(call=call) -> None:
+            call.collect("back", y, None, None, None, slot, count, expert, None)
+        out(), back()
+        graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+        for graph, half in zip(graphs, (out, back), strict=True):
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                half()
+        for half, other in [(out, back), (out, back), (graphs[0].replay, graphs[1].replay)]:
+            if raised():
+                wrong.append(f"raised before, {on=}")
+            dist.barrier()                   # or the watch might lower it while a late rank is waited for
+            half()
+            if raised() != on:               # synchronize, then read: far less than the 0.25 s it may stay
+                wrong.append(f"{'not raised' if on else 'raised'} between dispatch and collect")
+            other()
+    if raised():
+        wrong.append("raised after collect")
+    leaves, expert, E = inputs(device, 20, 64, 32, 2, torch.bfloat16, "random")
+    out = ours(leaves, expert, E, peers)
+    if raised():
+        wrong.append("raised after forward")
+    out.sum().backward()
+    if raised():
+        wrong.append("raised after backward")
+    peers.close()
+    settle()
+
+
+def degree(device) -> None:
+    """More than one pass is refused before anything is sent; what lina.ddp chooses by itself is one."""
+    mesh = lina.mesh(ep=world(), transport="p2p")
+    leaves, expert, E = inputs(device, 20, 64, 32, 2, torch.bfloat16, "random", bias=False)
+
+    def call():
+        return parallel.moe(leaves[0], leaves[1], expert, *leaves[2:], experts=E, mesh=mesh)
+
+    parallel.settings(mesh).degree = 2, 1
+    assert "p2p runs in one pass" in error_of(ValueError, call)
+    net = lina.MoE(64, 32, E, 2, mesh=mesh, device=device)
+    lina.ddp(net, mesh, schedule="lina")
+    assert parallel.settings(mesh).degree == (1, 1)
+    call().float().sum().backward()

@@ -1,0 +1,212 @@
+"""``schedule="auto"``: known answers from made-up cost models, and over gloo one plan on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from lina.parallel import (
+    CostModel,
+    ExpertPass,
+    ExpertShape,
+    LayerLoad,
+    Line,
+    Plan,
+    Workload,
+    machine_facts,
+    predict,
+)
+from lina.parallel.plan import State, decide
+from lina.parallel.predict import best_degree, calibrate, copies
+from lina.train import launch as train
+from lina.train import options
+
+from ranks import launch, results
+
+SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle")), "counted", "moved",
+             "refused"]
+_done: dict[str, str] = {}    # one start of all ranks serves all scenarios
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "exit"])
+def test_ranks(scenario: str) -> None:
+    """``exit``: every rank ended by itself, with code 0."""
+    if not _done:
+        _done.update(results(launch("auto_worker", SCENARIOS, 2)))
+        _done.setdefault("exit", "")
+    found = _done.get(scenario, "not reached: an earlier scenario failed")
+    assert not found, found
+
+
+# ---- the decision alone ----
+
+MB = 1 << 20
+GB_S = Line(0.0, 1e-9, 1.0)                    # 1 GB/s
+LAYER = LayerLoad("moe", experts=8, top_k=1, dim=1024, ffn_dim=1024, local=2, dtype="float32",
+                  activation="swiglu", tokens=1000, rows=1000, own_pairs=500, remote_pairs=500,
+                  expert_bytes=0, expert_params=3 * MB)
+
+
+def cost(a2a: Line = GB_S, reduce: Line = GB_S, row_s: float = 1e-6, start_s: float = 0.0) -> CostModel:
+    line = Line(start_s, row_s, 1.0)
+    shape = ExpertShape(1024, 1024, 2)
+    return CostModel({}, "cpu", 4, 4, {("a2a", "c10d"): a2a, ("allreduce", "c10d"): reduce,
+                                       ("a2a", "nccl"): dataclasses.replace(a2a, beta_s=a2a.beta_s / 4)},
+                     (ExpertPass(shape, line, line),), date="2026-01-01")
+
+
+def load(dense_grads: int = 0, forward_s: float = 0.1, backward_s: float = 0.2, layers: int = 4) -> Workload:
+    grads = ((dense_grads,) if dense_grads else (),) * (layers + 1)
+    return Workload(4, 4, "cpu", (LAYER,) * layers, grads, forward_s, backward_s, 0.01, bucket_bytes=MB,
+                    first_bucket_bytes=MB)
+
+
+def test_dense_time_explains_the_observed_step():
+    """Exchanges of 4.1 MB, twice each way and layer, and 1 ms of experts: known by hand."""
+    made = calibrate(load(), cost(), "c10d")
+    out, back = 1000 * (4096 + 8) * 1e-9, 1000 * 4096 * 1e-9
+    assert made.dense_s[0] == pytest.approx(0.1 - 4 * (out + back + 1e-3), rel=1e-9)
+    out, back = 1000 * 4096 * 1e-9, 1000 * (4096 + 4) * 1e-9
+    assert made.dense_s[1] == pytest.approx(0.2 - 4 * (out + back + 1e-3), rel=1e-3)
+    assert predict(made, cost()) == pytest.approx(made.step_s, rel=1e-3)
+
+
+def test_reductions_count_as_far_as_nothing_hides_them():
+    """Every gradient is ready long before the end but the first layer's, which nothing hides."""
+    made = calibrate(load(MB, backward_s=1.0), cost(), "c10d")
+    hidden = 4 * (2 * 4.098e-3 + 1e-3)
+    exposed = MB * 1e-9
+    assert 1.0 - hidden - 8 * exposed < made.dense_s[1] < 1.0 - hidden
+    assert predict(made, cost()) == pytest.approx(made.step_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("given,degree", [
+    # own rows take 5 ms and an exchange 4.1: half of each beside half of the other is enough
+    (dict(row_s=1e-5), (4, 4)),
+    (dict(row_s=2e-5), (3, 3)),                            # and here half of the own rows beside all of it
+    (dict(row_s=1e-5, start_s=0.1), (1, 1)),               # a pass more costs more than all exchanges
+    (dict(a2a=Line(0.0, 0.0, 1.0), start_s=1e-5), (1, 1)),   # nothing to hide
+    (dict(row_s=0.0, start_s=1e-6), (1, 1)),               # nothing to hide it behind
+])
+def test_degree(given, degree):
+    assert best_degree(load(), cost(**given), "c10d", 8) == degree
+    plan = decide(load(), cost(**given), transports=("c10d",))
+    assert plan.degree == degree and plan.schedule == "plain"      # there are no gradients
+
+
+def test_a_degree_between():
+    """One start more costs 0.2 ms, and 4 ms of exchange and as much of computing can overlap."""
+    forward, backward = best_degree(load(), cost(row_s=4e-6, start_s=2e-4), "c10d", 8)
+    assert 2 < forward < 8 and 2 < backward < 8
+
+
+def test_all_to_alls_first_where_gradients_hold_them_up():
+    """Gradients enough to fill the link through backward: beside them each all-to-all takes twice as long,
+    and there are gaps that take them later."""
+    slow = load(8 * MB, backward_s=0.4)
+    plan = decide(slow, cost(), transports=("c10d",))
+    assert plan.schedule == "lina" and plan.micro_op_bytes > 0 and plan.link == (0.0, 1e-9)
+    assert plan.chosen is not None and plan.chosen.step_s < 0.99 * plan.trials[0].step_s
+    alone = decide(load(0), cost(row_s=0.0), transports=("c10d",))       # nothing to let pass, or to hide
+    assert alone.schedule == "plain" and alone.degree == (1, 1) and alone.micro_op_bytes == 0
+
+
+def test_given_settings_are_kept():
+    plan = decide(load(8 * MB), cost(row_s=1e-5), transports=("c10d",), degree=(2, 3), micro_op_s=3e-3)
+    assert plan.degree == (2, 3)
+    assert {t.degree for t in plan.trials} == {(1, 1), (2, 3)}         # the plain order is there to compare
+    assert {t.micro_op_s for t in plan.trials} == {3e-3}
+
+
+def test_the_faster_transport_is_taken():
+    plan = decide(load(), cost(), transports=("c10d", "nccl"))
+    assert plan.transport == "nccl"
+    assert decide(load(), cost(), transports=("c10d",)).transport == "c10d"
+    with pytest.raises(ValueError, match="a2a was measured by c10d, nccl, transport is 'p2p'"):
+        decide(load(), cost(), transports=("p2p",))
+
+
+def test_packing_moves_only_where_it_may():
+    state = State(4.0, 16.0, 12.0)
+    free = cost(reduce=Line(0.0, 0.0, 1.0))                # replicas cost nothing: no exchange is best
+    kept = decide(load(), free, transports=("c10d",), state=state)
+    assert kept.ep == 4 and kept.packed_ep == 1 and [row["ep"] for row in kept.packing] == [1, 2, 4]
+    moved = decide(load(), free, transports=("c10d",), state=state, may_move=True)
+    assert moved.ep == 1 and moved.chosen.step_s < kept.chosen.step_s
+    dear = cost(a2a=Line(0.0, 1e-12, 1.0))                 # 12 M parameters more to reduce, nothing to save
+    assert decide(load(), dear, transports=("c10d",), state=state, may_move=True).ep == 4
+    tight = dataclasses.replace(state, memory=4 * 2 * 3 * MB * 16.0)     # for the experts that are here
+    assert decide(load(), free, transports=("c10d",), state=tight, may_move=True).ep == 4
+
+
+def test_no_spread_layer_is_plain():
+    alone = Workload(4, 1, "cpu", (), ((MB,),), 0.1, 0.2, 0.0)
+    plan = decide(alone, cost(), transports=("c10d",))
+    assert plan.schedule == "plain" and "nothing to overlap" in plan.reasons[-1]
+
+
+def test_plan_through_json():
+    plan = decide(load(MB), cost(row_s=1e-5), transports=("c10d", "nccl"), state=State(4.0, 16.0, 12.0, 1e12))
+    assert Plan.from_json(json.loads(json.dumps(plan.as_json()))) == plan
+    assert "schedule" in str(plan) and "packing" in str(plan)
+    assert all(label in str(plan) for label in plan.predicted)
+    for broken in ({}, {**plan.as_json(), "trials": 3}, []):
+        with pytest.raises(ValueError, match="not a plan written by lina"):
+            Plan.from_json(broken)
+
+
+def test_copies_are_counted_once_a_rank():
+    assert copies(8, 1, 4) == pytest.approx(3 / 4)         # one expert: it is elsewhere 3 times of 4
+    assert copies(8, 8, 4) == 3                            # all experts: every other rank
+    assert copies(8, 2, 1) == 0
+
+
+# ---- lina train ----
+
+# As test_train.TINY; the plan holds from the eleventh step on.
+TINY = dict(dim=16, layers=2, heads=2, ffn_dim=16, experts=4, seq=32, batch=4, steps=12, heldout_kib=2,
+            sample=0, ranks=2, device="cpu", quiet=True, precision="float32")
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    """A free link and passes that cost something: one pass, gradients at once."""
+    link, experts = Line(0.0, 0.0, 1.0), Line(1e-4, 1e-6, 1.0)
+    found = CostModel(machine_facts(), "cpu", 2, 2, {("a2a", "c10d"): link, ("allreduce", "c10d"): link},
+                      (ExpertPass(ExpertShape(16, 16, 2), experts, experts),))
+    monkeypatch.setenv("LINA_PROFILE", str(tmp_path / "profile.json"))
+    return found.save()
+
+
+def _text(folder):
+    path = folder / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(300)))
+    return str(path)
+
+
+@pytest.mark.multi
+def test_train_says_what_was_planned(tmp_path, profile):
+    out = tmp_path / "out"
+    train.launch(options.resolve(dict(TINY, data=_text(tmp_path), out=str(out), schedule="auto")))
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["schedule"] == "auto"
+    assert summary["plan"][0] == "schedule plain, 1/1 passes over c10d, ep 2"
+    assert any("c10d lina 1/1" in line for line in summary["plan"])
+
+
+def test_train_refuses_before_it_starts(tmp_path, monkeypatch, profile):
+    given = dict(TINY, data=_text(tmp_path), out=str(tmp_path / "out"))
+    for change, said in ((dict(transport="nccl"), "--transport: nccl, needs --device cuda"),
+                         (dict(degree="3"), "--degree: 3, two numbers from 1 to 8, as in 3,3"),
+                         (dict(degree="3,9"), "--degree: 3,9, two"),
+                         (dict(degree="a,1"), "--degree: a,1, two"),
+                         (dict(schedule="auto", ranks=4), "--schedule: auto, .*ranks there 2, here 4")):
+        with pytest.raises(options.OptionError, match=said):
+            options.resolve({**given, **change})
+    assert options.passes(options.resolve({**given, "degree": "2,3", "schedule": "lina"})) == (2, 3)
+    monkeypatch.setenv("LINA_PROFILE", str(tmp_path / "none.json"))
+    with pytest.raises(options.OptionError, match=r"--schedule: auto, .*no such file; run `lina profile`"):
+        options.resolve({**given, "schedule": "auto"})

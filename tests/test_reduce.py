@@ -1,0 +1,170 @@
+"""Gradients over peers' memory: the protocol as a model, and sums, pauses and errors on GPUs."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lina import _C
+from lina.parallel.peer_reduce import PeerReducer
+
+from ranks import launch, results
+
+HEADER = Path(__file__).parents[1] / "csrc" / "cuda" / "peers_reduce.h"
+SCENARIOS = ["sums:False", "sums:True", "sequence:False", "sequence:True", "queue",
+             "gives_way:False", "gives_way:True", "gives_up_waiting", "refusals",
+             *(f"broken:{how}" for how in ("absent", "mismatch", "abort")), "graph"]
+WORLD = max(2, min(4, torch.cuda.device_count()))        # more than two ranks take another path
+_done: dict[str, str] = {}
+
+
+@pytest.mark.gpu
+@pytest.mark.multi
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "exit"])
+def test_ranks(scenario: str) -> None:
+    """``exit``: every rank ended by itself, with code 0."""
+    if torch.cuda.device_count() < WORLD:
+        pytest.skip(f"needs {WORLD} GPUs, there are {torch.cuda.device_count()}")
+    if not _done:
+        ended = launch("reduce_worker", SCENARIOS, WORLD, backend="nccl")
+        _done.update(results(ended) or {"exit": "nothing ran"})
+    found = _done.get(scenario, "" if scenario == "exit" else "not reached: an earlier scenario failed")
+    assert not found, found
+
+
+def test_needs_several_ranks() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="has 1 ranks, limit 2"):
+            PeerReducer(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank,ep,blocks,tile_bytes,scatter,words",
+                         [(0, 2, 0, 65536, False, "blocks=0"),             # nobody to do it
+                          (0, 2, 65, 65536, False, "blocks=65"),           # more than there are flags for
+                          (0, 2, 8, 65537, False, "tile_bytes=65537"),     # no power of two
+                          (0, 2, 8, 2048, False, "tile_bytes=2048"),       # below the least
+                          (0, 3, 8, 65536, False, "must scatter"),         # sums of pairs alone
+                          (0, 9, 8, 65536, True, "9 ranks")])              # more than a domain
+def test_limits(rank: int, ep: int, blocks: int, tile_bytes: int, scatter: bool, words: str) -> None:
+    if not _C.CUDA:
+        with pytest.raises(RuntimeError, match="built without CUDA"):
+            _C.peers_reduce_make(rank, ep, blocks, tile_bytes, scatter, 1.0)
+        return
+    with pytest.raises(ValueError, match=f"p2p reduce: .*{words}"):
+        _C.peers_reduce_make(rank, ep, blocks, tile_bytes, scatter, 1.0)
+
+
+# ---- the protocol of csrc/cuda/peers_reduce.h: one block of each rank, as a model ----
+
+def header(name: str) -> str:
+    found = re.search(rf"#define {name} +(.+?)(?: /\*.*)?\n", HEADER.read_text())
+    assert found, f"{HEADER.name} does not define {name}"
+    return found[1]
+
+
+DEPTH = int(header("LINA_REDUCE_DEPTH"))
+SLOTS = eval(header("LINA_REDUCE_SLOTS").replace("LINA_REDUCE_DEPTH", str(DEPTH)))
+CALLS = (1, 5, 2, 0, 11, 1, 3)           # tiles a call: fewer than the depth, none, more than the ring
+
+
+class Rank:
+    """Rings and flags of one rank, by phase and source."""
+
+    def __init__(self, world: int, slots: int) -> None:
+        self.ring = {(phase, s): [0] * slots for phase in range(2) for s in range(world)}
+        self.flag = {(phase, s): 0 for phase in range(2) for s in range(world)}
+
+
+def model_of_rank(me: int, ranks: list[Rank], depth: int, slots: int, scatter: bool) -> Iterator[None]:
+    """Tiles are numbered from 1 on; yields wherever another rank may come between. In a step the kernel
+    sends and waits at once: sent first, as here, it knows least of its peers."""
+    others = [r for r in range(len(ranks)) if r != me]
+    start = 0
+
+    def put(phase: int, number: int) -> Iterator[None]:
+        for r in others:
+            ranks[r].ring[phase, me][number % slots] = -number       # half written
+            yield
+            ranks[r].ring[phase, me][number % slots] = number
+            yield
+
+    def take(phase: int, number: int) -> Iterator[None]:
+        for _ in range(2):                                           # it takes a while to read
+            for r in others:
+                found = ranks[me].ring[phase, r][number % slots]
+                assert found == number, f"rank {me} read tile {found} of {r}, not {number}"
+                yield
+
+    for tiles in CALLS:
+        for step in range(tiles + (2 if scatter else 1) * depth):
+            number, summed, taken = (start + 1 + step - lag for lag in (0, depth, 2 * depth))
+            here = [start < n <= start + tiles for n in (number, summed, taken)]
+            if here[0]:
+                yield from put(0, number)
+            for r in others:
+                while here[1] and ranks[me].flag[0, r] < summed:
+                    yield
+                while scatter and here[2] and ranks[me].flag[1, r] < taken:
+                    yield
+            if here[1]:
+                yield from take(0, summed)
+                if scatter:
+                    yield from put(1, summed)
+            if scatter and here[2]:
+                yield from take(1, taken)
+            for r in others:
+                if here[0]:
+                    ranks[r].flag[0, me] = number
+                yield
+                if scatter and here[1]:
+                    ranks[r].flag[1, me] = summed
+        start += tiles
+
+
+def run_model(seed: int, world: int, scatter: bool, depth: int = DEPTH, slots: int = SLOTS) -> None:
+    draw = random.Random(seed)
+    ranks = [Rank(world, slots) for _ in range(world)]
+    running = [model_of_rank(r, ranks, depth, slots, scatter) for r in range(world)]
+    for _ in range(20_000):
+        if not running:
+            return
+        chosen = draw.choice(running)                # the others pause
+        for _ in range(draw.choice((1, 5, 200))):
+            try:
+                next(chosen)
+            except StopIteration:
+                running.remove(chosen)
+                break
+    raise AssertionError("the ranks wait for each other for ever")
+
+
+@pytest.mark.parametrize("world,scatter", [(2, False), (2, True), (3, True)])
+def test_slots_are_free_again(world: int, scatter: bool) -> None:
+    """The proofs of peers_reduce.h: no slot is written before it was read, and nobody waits for ever."""
+    for seed in range(40):
+        run_model(seed, world, scatter)
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_model_sees_too_few_slots(scatter: bool) -> None:
+    """The model is no mere tautology: a ring of 2 D slots is written too early, one of 2 D + 1 is not."""
+    with pytest.raises(AssertionError, match="read tile"):
+        for seed in range(40):
+            run_model(seed, 2, scatter, slots=2 * DEPTH)
+    for seed in range(40):
+        run_model(seed, 2, scatter, slots=2 * DEPTH + 1)
+
+
+def test_model_sees_waiting_in_a_circle() -> None:
+    """A step that waited for tiles that peers flag at the end of the same step would never end."""
+    with pytest.raises(AssertionError, match="for ever"):
+        run_model(0, 2, False, depth=0, slots=4)
