@@ -1,71 +1,120 @@
-"""A rank that dies, raises or hangs: every other rank ends with a clear error, in time."""
+"""Ranks that die, raise, hang, disagree, or carry NaN: every rank has a clear error, in time.
+
+Over gloo on CPUs; with ``-m gpu`` over each transport on two GPUs.
+"""
 
 from __future__ import annotations
 
-import os
 import signal
-import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.distributed as dist
-from parallel_worker import batch, loss_of, spread_net, whole_net
 
-import lina
+from ranks import Ended, launch, results
 
-from ranks import launch, results
-
-WORLD, VICTIM = 4, 3          # (dp, ep) = (2, 2): rank 2 shares the victim's tokens, 1 its experts, 0 neither
-TIMEOUT_S = 6                 # the process group's
-START_S = 60                  # starting torch and two good steps, on a loaded machine
-
-
-def fail(how: str) -> None:
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if how == "hang":
-        time.sleep(TIMEOUT_S + 4)
-        os._exit(3)
-    raise ValueError("this rank's own mistake")
+TIMEOUT_S = {"gloo": 3, "nccl": 8}     # the process group's
+HANG_S = {"gloo": 9, "nccl": 30}       # until a rank that hangs leaves: the others are gone long before
+START_S = 60                           # starting torch and two good steps, on a loaded machine
+TRANSPORTS = ("c10d", "nccl", "p2p")
+WORLD = {"gloo": 4, "nccl": 2}         # gloo: (dp, ep) = (2, 2), the victim is rank 3: rank 2 shares its
+                                       # tokens, 1 its experts, 0 neither
 
 
-def faulty_training(device: torch.device, where: str, how: str, schedule: str) -> None:
-    """Two good steps; in the third the victim fails between the exchanges of the first layer."""
-    mesh = lina.mesh(ep=2)
-    net = spread_net(whole_net("softmax", device), "softmax", mesh)
-    wrapped = lina.ddp(net, mesh, schedule=schedule)
-    for step in range(3):
-        if step == 2 and dist.get_rank() == VICTIM:
-            if where == "forward":
-                net.moe1.router.register_forward_hook(lambda *_: fail(how))
-            else:
-                net.moe1.experts.register_forward_hook(
-                    lambda module, args, y: y.register_hook(lambda _: fail(how)) and None)
-        if step == 2:
-            print(f"failing at {time.time()}", flush=True)
-        loss_of(wrapped, *batch(dist.get_rank(), step, next(net.parameters()), tokens=5)).backward()
-    print("three steps done", flush=True)
+def marks(backend: str) -> list:
+    return [pytest.mark.multi, *([pytest.mark.gpu] * (backend == "nccl"))]
 
 
-@pytest.mark.multi
-@pytest.mark.parametrize("schedule,where,how", [
-    ("plain", "forward", "kill"), ("plain", "backward", "kill"), ("plain", "backward", "raise"),
-    ("plain", "forward", "hang"), ("lina", "forward", "kill"), ("lina", "backward", "hang")])
-def test_survivors_report(schedule: str, where: str, how: str) -> None:
-    scenario = f"faulty_training:{where}:{how}:{schedule}"
-    ended = launch("test_faults", [scenario], WORLD, timeout_s=TIMEOUT_S, limit_s=START_S + 4 * TIMEOUT_S)
-    said = results(ended)
+def enough_gpus(backend: str) -> None:
+    if backend == "nccl" and torch.cuda.device_count() < WORLD[backend]:
+        pytest.skip(f"needs {WORLD[backend]} GPUs, there are {torch.cuda.device_count()}")
+
+
+# ---- ranks that stop ----
+
+STOPS = [("gloo", "c10d", *rest) for rest in (
+    ("plain", "forward", "kill"), ("plain", "backward", "kill"), ("lina", "backward", "kill"),
+    ("lina", "optimizer", "kill"), ("plain", "backward", "raise"), ("plain", "forward", "hang"),
+    ("lina", "backward", "hang"))]
+STOPS += [("nccl", transport, "lina", where, "kill") for transport in TRANSPORTS
+          for where in ("forward", "backward", "optimizer")]
+STOPS += [("nccl", "c10d", "plain", "backward", "kill"), ("nccl", "nccl", "lina", "backward", "hang")]
+
+
+def stopped(backend: str, *scenario: str) -> list[Ended]:
+    timeout_s = TIMEOUT_S[backend]
+    return launch("faults_worker", [":".join(scenario)], WORLD[backend], backend=backend, timeout_s=timeout_s,
+                  limit_s=START_S + HANG_S[backend] + 4 * timeout_s)
+
+
+def scenario_of(backend: str, transport: str, schedule: str, where: str, how: str) -> tuple[str, ...]:
+    return "failing", "2", transport, schedule, where, how, str(HANG_S[backend])
+
+
+@pytest.fixture(scope="module")
+def beside(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
+    """The runs over gloo that hang, which is sleeping: they take place beside the others."""
+    asked = [tuple(item.callspec.params.values()) for item in request.session.items
+             if getattr(item, "originalname", "") == "test_survivors_report"]
+    with ThreadPoolExecutor(2) as pool:
+        yield {case: pool.submit(stopped, case[0], *scenario_of(*case)) for case in asked
+               if case[0] == "gloo" and case[-1] == "hang"}
+
+
+@pytest.mark.parametrize("backend,transport,schedule,where,how",
+                         [pytest.param(*s, marks=marks(s[0]), id="-".join(s)) for s in STOPS])
+def test_survivors_report(beside: dict, backend: str, transport: str, schedule: str, where: str,
+                          how: str) -> None:
+    enough_gpus(backend)
+    world, timeout_s = WORLD[backend], TIMEOUT_S[backend]
+    case = backend, transport, schedule, where, how
+    ended = beside[case].result() if case in beside else stopped(backend, *scenario_of(*case))
+    scenario = ":".join(scenario_of(*case))
+    said = results(ended).get(scenario, "")
     for rank, end in enumerate(ended):
-        assert "three steps done" not in end.out, f"rank {rank} went on without rank {VICTIM}"
-        failing = [float(line.split()[-1]) for line in end.out.splitlines() if line.startswith("failing at")]
-        if rank == VICTIM:
+        assert "four steps done" not in end.out, f"rank {rank} went on without rank {world - 1}"
+        started = [float(line.split()[-1]) for line in end.out.splitlines() if line.startswith("failing at")]
+        if rank == world - 1:
             assert end.code == {"kill": -signal.SIGKILL, "hang": 3, "raise": 1}[how], said
             continue
-        assert failing, f"rank {rank} did not reach the third step:\n{end.err[-2000:]}"
-        took = end.at - failing[0]
-        # the timeout, and time for a process to print and end
-        assert took < TIMEOUT_S + 10, f"rank {rank} ended {took:.1f} s after the fault, limit {TIMEOUT_S} s"
-        assert end.code == 1, f"rank {rank}: exit code {end.code}, want an exception\n{end.err[-2000:]}"
-        assert "RuntimeError" in said[scenario] and f"rank {rank}: Traceback" in said[scenario], said
-    # the rank that exchanges tokens with the victim names the exchange and the ranks
-    assert "the exchange among ranks [2, 3] failed on rank 2" in said[scenario], said[scenario]
+        assert started, f"rank {rank} did not reach the third step:\n{end.err[-2000:]}"
+        took = end.at - started[0]
+        assert end.code is not None, f"rank {rank} hangs:\n{end.err[-2000:]}"
+        # the exchange's timeout, on CUDA torch's own watchdog besides, and time for a process to end
+        limit = (timeout_s if backend == "gloo" else 2 * timeout_s) + 10
+        limit = min(limit, HANG_S[backend]) if how == "hang" else limit      # not because it left at last
+        assert took < limit, f"rank {rank} ended {took:.1f} s after the fault, limit {limit} s"
+        if backend == "gloo":
+            assert end.code == 1, f"rank {rank}: exit code {end.code}, want an exception\n{end.err[-2000:]}"
+            assert f"rank {rank}: Traceback" in said and "RuntimeError" in said, said
+        else:      # an exception, or an abort by torch's watchdog, which says what it waited for
+            assert end.code != 0, f"rank {rank} ended as if all were well:\n{end.out[-2000:]}"
+            words = ("another rank has stopped, or hangs", "has stopped", "Watchdog caught", "NCCL error")
+            assert any(word in said + end.err for word in words), f"{said}\n{end.err[-3000:]}"
+    if backend == "gloo":      # who exchanges tokens with the victim names the exchange and the ranks
+        assert "the exchange among ranks [2, 3] failed on rank 2" in said, said
+
+
+# ---- ranks that disagree, buffers too small, NaN ----
+
+STAYS = {
+    "gloo": [*(f"odd_one:2:c10d:{degree}" for degree in (1, 3)), "odd_model:2", "odd_model:4",
+             *(f"nan:{ep}:c10d:{schedule}" for ep in (1, 2, 4) for schedule in ("plain", "lina"))],
+    "nccl": ["odd_one:2:c10d:3", "odd_one:2:nccl:3", "odd_one:2:p2p:1", "odd_model:2", "over_the_cap",
+             *(f"nan:2:{transport}:{schedule}" for transport in TRANSPORTS
+               for schedule in ("plain", "lina"))],
+}
+_done: dict[str, dict[str, str]] = {}     # one start of all ranks serves all scenarios of a backend
+
+
+@pytest.mark.parametrize("backend,scenario", [
+    pytest.param(backend, scenario, marks=marks(backend), id=f"{backend}-{scenario}")
+    for backend, scenarios in STAYS.items() for scenario in [*scenarios, "exit"]])
+def test_ranks_stay(backend: str, scenario: str) -> None:
+    """Errors and NaN after which every rank goes on. ``exit``: every rank ended by itself, with code 0."""
+    enough_gpus(backend)
+    if backend not in _done:
+        _done[backend] = results(launch("faults_worker", STAYS[backend], WORLD[backend], backend=backend))
+    found = _done[backend].get(scenario, "" if scenario == "exit" else "not reached: an earlier one failed")
+    assert not found, found
