@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -126,6 +127,10 @@ def refusals(device) -> None:
     net = Net("softmax", mesh, device=device)
     assert "mixed_precision" in error_of(ValueError, lina.ddp, net, mesh, mixed_precision=object())
     assert "process_group" in error_of(ValueError, lina.ddp, net, mesh, process_group=dist.group.WORLD)
+    assert "not 'plain'" in error_of(ValueError, lina.ddp, net, mesh, hook=lina.HookState())
+    alone = lina.mesh(ep=1)["ep"]             # each rank by itself
+    assert "HookState: made for ranks" in error_of(ValueError, lina.HookState(alone).over, mesh)
+    assert lina.HookState().over(alone).group.size() == 1
     experts = {id(e.param) for e in parallel.expert_parameters(net)}
     for p in net.parameters():
         p.requires_grad_(id(p) in experts)
@@ -135,6 +140,13 @@ def refusals(device) -> None:
     wrapped = lina.ddp(Net("softmax", mesh, device=device), mesh)
     assert "zero tokens" in error_of(RuntimeError, wrapped.join)
     assert "norm_type" in error_of(ValueError, lina.clip_grad_norm_, wrapped, 1.0, 0.5)
+    if world == 4:                            # experts of 2 ranks with 2 replicas: there is something to reduce
+        halves = lina.mesh(ep=world // 2)
+        hidden = Net("softmax", halves, device=device)
+        blind = lina.ddp(hidden, halves)
+        hidden.forward = lambda x: SimpleNamespace(out=x)
+        assert "returned a SimpleNamespace" in error_of(
+            RuntimeError, blind, torch.zeros(1, 4, device=device))
 
     x, weight = torch.zeros(2, 4, device=device), torch.zeros(2, 2, device=device)
     expert, group = torch.zeros(2, 2, dtype=torch.int32, device=device), dist.group.WORLD

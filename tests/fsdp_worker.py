@@ -74,7 +74,8 @@ def parity(device, ep: str, schedule: str, where: str, gate_name: str = "deepsee
         for e in parallel.expert_parameters(net):
             nn.init.zeros_(e.param)
     net = sharded(net, mesh if where == "hsdp" else None)
-    assert lina.fsdp(net, mesh, schedule=schedule, hook=lina.HookState(mesh, link=SMALL)) is net
+    hook = lina.HookState(mesh, link=SMALL) if schedule == "lina" else None
+    assert lina.fsdp(net, mesh, schedule=schedule, hook=hook) is net
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (net, ref)]
     for step in range(3):
         loss = loss_of(net, *batch(dist.get_rank(), step, next(ref.parameters())))

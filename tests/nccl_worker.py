@@ -73,7 +73,9 @@ def reduction(device) -> None:
                     # one rounding of each of the sum and the division
                     limit = 2 * torch.finfo(dtype).eps * want.abs()
                     assert count == 0 or ((got.double() - want).abs() <= limit).all(), (dtype, count, mean)
-    assert "int" in error_of(KeyError, reducer.all_reduce, torch.ones(3, device=device, dtype=torch.int32))
+    for bad, why in ((torch.ones(3, device=device, dtype=torch.int32), "flat is torch.int32"),
+                     (torch.ones(4, 4, device=device).t(), "not contiguous"), (torch.ones(3), "on cpu")):
+        assert why in error_of(ValueError, reducer.all_reduce, bad)
     reducer.close()
 
 

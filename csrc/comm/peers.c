@@ -4,7 +4,6 @@
 #include <stddef.h>
 
 #if LINA_CUDA
-
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -139,16 +138,17 @@ int lina_peers_check(const lina_peers *p) {
   static const char *const awaited[] = {"tokens", "results", "gradients"};
   const lina_peers_word *w = p->word;
   if (p->closed) return lina_error(LINA_EPEER, "p2p: the buffers were closed");
+  if (w->failure != LINA_PEERS_FINE)
+    return lina_error(
+        LINA_EPEER,
+        "p2p: rank %d of %d waited for the %s of rank %u (round %u, limit %g s), which %s",
+        p->links.rank, p->links.ep, awaited[w->direction % 3], (unsigned)w->source,
+        (unsigned)w->epoch, p->timeout_s, reason(w->failure));
   if (p->stopped == LINA_PEERS_OVERFLOW)
-    return lina_error(LINA_EPEER,
-                      "p2p: this rank had more tokens than agreed and stopped the exchange");
-  if (p->stopped) return lina_error(LINA_EPEER, "p2p: this rank failed and stopped the exchange");
-  if (w->failure == LINA_PEERS_FINE) return LINA_OK;
-  return lina_error(
-      LINA_EPEER,
-      "p2p: rank %d of %d waited for the %s of rank %u (round %u, limit %g s), which %s",
-      p->links.rank, p->links.ep, awaited[w->direction % 3], (unsigned)w->source,
-      (unsigned)w->epoch, p->timeout_s, reason(w->failure));
+    return lina_error(LINA_EPEER, "p2p: this rank had more tokens than agreed and stopped");
+  if (p->stopped) return lina_error(LINA_EPEER, "p2p: this rank failed and stopped");
+  if (w->abort) return lina_error(LINA_EPEER, "p2p: this rank gave the exchange up");
+  return LINA_OK;
 }
 
 /* Behind the last call, if that was on another stream. */
@@ -222,7 +222,7 @@ int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, bool priority,
 
 int lina_peers_stop(lina_peers *p, int failure, void *stream) {
   int before = p->device, rc;
-  if (p->stopped || p->word->failure) return LINA_OK;
+  if (p->stopped) return LINA_OK; /* also after a wait that failed here: peers may wait still */
   LINA_TRY(enter(p, &before));
   LINA_TRY(in_order(p, stream));
   LINA_TRY(lina_peers_poison_cuda(&p->links, failure, stream));
@@ -250,7 +250,7 @@ void lina_peers_close(lina_peers *p) {
 void lina_peers_free(lina_peers *p) {
   if (!p) return;
   if (p->links.buffer[p->links.rank] && !p->closed) {
-    lina_peers_abort(p);                 /* no CUDA call: this may be the process's end */
+    lina_peers_abort(p); /* no CUDA call: this may be the process's end */
     return;
   }
   int before = p->device;

@@ -29,9 +29,9 @@ static int make(int device, state *s) {
   _Atomic uint32_t *word = NULL;
   int rc = lina_memop_load();
   if (rc == LINA_OK) rc = lina_memop_word(device, &word, &s->on_device);
-  if (rc != LINA_OK) return rc;
-  atomic_store(&s->word, word);
-  return lina_watch_start();
+  if (rc == LINA_OK) rc = lina_watch_start();   /* no word without the thread that releases it */
+  if (rc == LINA_OK) atomic_store(&s->word, word);
+  return rc;
 }
 
 static int find(int device, state **out) {

@@ -224,8 +224,8 @@ class Auto:
     def _gently(self, wrapper: Any) -> None:
         """From this step on gradients let all-to-alls pass."""
         assert self.plan is not None           # _decide
-        state = self.options.hook or HookState(self.mesh, micro_op_s=self.plan.micro_op_s,
-                                               link=self.plan.link)
+        hook = self.options.hook or HookState(micro_op_s=self.plan.micro_op_s, link=self.plan.link)
+        state = hook.over(self.mesh)
         state.queue(self.device)               # by all ranks together
         self.order.gently = state
         wrapper.expert_reducer.queue = state.queue

@@ -47,6 +47,8 @@ class DataParallel(DistributedDataParallel):
         told = Options(degree, hook, observe, optimizer, regroup)
         if schedule != "auto" and told != Options(degree, hook):
             raise ValueError(f"ddp: observe, optimizer and regroup are for schedule 'auto', not {schedule!r}")
+        if hook is not None and schedule == "plain":
+            raise ValueError("ddp: hook is for schedules 'lina' and 'auto', not 'plain'")
         if degree is None and schedule == "lina":
             degree = DEFAULT_DEGREE
         for name in ("process_group", "device_mesh"):
@@ -90,7 +92,7 @@ class DataParallel(DistributedDataParallel):
                 one_pass = told.degree is None and chosen(one) == "p2p"
                 settings(one).degree = (1, 1) if one_pass else degree
         if schedule == "lina":
-            state = hook or HookState(mesh)
+            state = (hook or HookState()).over(mesh)
             state.queue(next(module.parameters()).device)      # by all ranks together, now
             self.register_comm_hook(state, allreduce_hook)
             self.expert_reducer.queue = state.queue

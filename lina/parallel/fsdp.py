@@ -21,7 +21,7 @@ from lina.parallel.hook import HookState
 from lina.parallel.mesh import groups
 from lina.parallel.reduce import ExpertReducer
 from lina.parallel.reduce_scatter import AtOnce, ReduceScatter
-from lina.parallel.settings import settings
+from lina.parallel.settings import chosen, settings
 
 SCHEDULES = ("plain", "lina")
 _HERE = "_lina_fsdp"          # the attribute of a model that keeps what a call set
@@ -89,8 +89,11 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     if schedule not in SCHEDULES:
         raise ValueError(f"fsdp: schedule is {schedule!r}, must be one of {', '.join(SCHEDULES)}")
     sharded = _sharded(model)
-    state = (hook or HookState(mesh)) if schedule == "lina" else None
+    if hook is not None and schedule != "lina":
+        raise ValueError(f"fsdp: hook is for schedule 'lina', not {schedule!r}")
+    state = (hook or HookState()).over(mesh) if schedule == "lina" else None
     scatter = AtOnce() if state is None else ReduceScatter(state)
+    given = degree
     if degree is None and state is not None:
         degree = DEFAULT_DEGREE
     world, experts = groups(mesh).world, expert_parameters(model)
@@ -104,7 +107,7 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     if degree is not None:
         for one in [mesh, *(getattr(m, "mesh", None) for m in model.modules())]:
             if isinstance(one, DeviceMesh):
-                settings(one).degree = degree
+                settings(one).degree = (1, 1) if given is None and chosen(one) == "p2p" else degree
     if state is not None:
         state.queue(next(model.parameters()).device)         # by all ranks together, now
         reducer.queue = state.queue

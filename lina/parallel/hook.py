@@ -67,6 +67,19 @@ class HookState:
         self.micro_op_s, self.compress, self.link = micro_op_s, compress, (alpha, beta)
         self._queue: Queue | None = None
 
+    def over(self, mesh: DeviceMesh) -> "HookState":
+        """This state, for a model wrapped over ``mesh``; it takes that mesh where it was given none.
+
+        Raises:
+            ValueError: it was given other ranks.
+        """
+        if self.mesh_or_group is None:
+            self.mesh_or_group = mesh
+        own, others = (sorted(dist.get_process_group_ranks(g)) for g in (self.group, groups(mesh).world))
+        if own != others:
+            raise ValueError(f"HookState: made for ranks {own}, the mesh has {others}")
+        return self
+
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks whose gradients are averaged."""

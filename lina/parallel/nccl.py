@@ -36,8 +36,15 @@ def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
             not answer within the group's timeout.
     """
     rank, size = group.rank(), group.size()
-    box = [_C.nccl_id() if rank == 0 else b""]
+    box: list[Any] = [b"", None]         # the id, or why there is none: then all ranks raise
+    if rank == 0:
+        try:
+            box[0] = _C.nccl_id()
+        except RuntimeError as error:
+            box[1] = str(error)
     dist.broadcast_object_list(box, group=group, group_src=0, device=device)
+    if box[1] is not None:
+        raise RuntimeError(box[1])
     timeout = _timeout(group)
     seconds = _DEFAULT_TIMEOUT_S if timeout is None else timeout.total_seconds()
     return _C.Communicator(box[0], rank, size, device.index, name, seconds, max_ctas)
@@ -82,8 +89,9 @@ class NCCL(Transport):
             tracing.end(token)
             host.copy_(both, non_blocking=True)
         done = self.stream.record_event()
+        both.record_stream(self.stream)      # nobody may read it, after an error elsewhere
 
-        def read(keep: Tensor = both) -> Tensor:
+        def read() -> Tensor:
             with tracing.span("a2a", f"{label}: wait", device=self.device):
                 done.synchronize()
             self._check(label)
@@ -98,6 +106,8 @@ class NCCL(Transport):
             token = tracing.begin("a2a", label, self.device, bytes=inp.numel())
             self._run(label, inp, in_splits, out, out_splits)
             tracing.end(token)
+        for tensor in (inp, out):            # also where nobody waits, after an error elsewhere
+            tensor.record_stream(self.stream)
         return _Pending(self, label, self.stream.record_event(), (inp, out))
 
     def _run(self, label: str, inp: Tensor, in_splits: list[int], out: Tensor, out_splits: list[int]) -> None:
@@ -171,8 +181,10 @@ class Reducer:
             gently: in micro-ops; else whole and at once.
 
         Raises:
+            ValueError: a tensor that is not as said, before anything is sent.
             RuntimeError: another rank failed, or the communicator did before.
         """
+        self._check("all_reduce", "flat", flat)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         self.comm.all_reduce(flat.data_ptr(), flat.numel(), _DTYPES[flat.dtype], mean, gently,
                              self.stream.cuda_stream)
@@ -187,7 +199,15 @@ class Reducer:
 
         Returns:
             when it is done; the caller keeps both tensors until then.
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`all_reduce`.
         """
+        self._check("reduce_scatter", "out", out)
+        self._check("reduce_scatter", "parts", parts)
+        if parts.dtype != out.dtype or parts.numel() != self.group.size() * out.numel():
+            raise ValueError(f"reduce_scatter: parts is {parts.dtype} of {parts.numel()} elements, must be "
+                             f"{out.dtype} of {self.group.size()} * {out.numel()}")
         room = min(out.nbytes, 3 * self.micro_op_bytes // 2 + 256) * self.group.size()
         cuts = gently and out.nbytes > self.micro_op_bytes
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -197,6 +217,12 @@ class Reducer:
                                      scratch.numel(), _DTYPES[out.dtype], mean, gently,
                                      self.stream.cuda_stream)
         return self.stream.record_event()
+
+    def _check(self, op: str, name: str, tensor: Tensor) -> None:
+        if tensor.dtype not in _DTYPES or tensor.device != self.device or not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}"
+                             f"{'' if tensor.is_contiguous() else ', not contiguous'}; must be contiguous "
+                             f"float32, float64, bfloat16 or float16 on {self.device}")
 
     def future(self, value: Any) -> torch.futures.Future:
         """A future of ``value``, complete as of what the reduce stream holds so far."""

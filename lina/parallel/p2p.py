@@ -115,12 +115,13 @@ class _Moe(torch.autograd.Function):
                 b_up: Tensor | None, b_down: Tensor | None, call: _Round, options: tuple,
                 grad: bool) -> Tensor:
         R, ep = call.peers.ep * call.layer.C, call.peers.ep
-        x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
-        slot_TR, count = expert_TK.new_empty(call.T, ep), expert_TK.new_empty(2, ep)
-        weight_RK, expert_RK = weight_TK.new_empty(R, call.K), expert_TK.new_empty(R, call.K)
-        x_RD = x_TD.new_empty(R, call.D) if grad else None
-        call.dispatch("p2p dispatch", x_TD, expert_TK, weight_TK, slot_TR, count, x_RD, weight_RK, expert_RK)
-        try:
+        try:                   # from the first allocation on: peers must not wait for a rank without memory
+            x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
+            slot_TR, count = expert_TK.new_empty(call.T, ep), expert_TK.new_empty(2, ep)
+            weight_RK, expert_RK = weight_TK.new_empty(R, call.K), expert_TK.new_empty(R, call.K)
+            x_RD = x_TD.new_empty(R, call.D) if grad else None
+            call.dispatch("p2p dispatch", x_TD, expert_TK, weight_TK, slot_TR, count, x_RD, weight_RK,
+                          expert_RK)
             rows = torch.ops.lina.sort(expert_RK, w_up.shape[0])
             here = call.peers.rows(call.layer, call.D, call.dtype) if x_RD is None else x_RD
             y_ND, h_NU = torch.ops.lina.experts_fwd(here, *rows[:2], w_up, b_up, w_down, b_down, call.K,
@@ -143,9 +144,9 @@ class _Moe(torch.autograd.Function):
         call, need = ctx.call, ctx.needs_input_grad
         # x's and the weights' gradients are computed in any case: a peer may need its tokens'
         mask = 3 | sum(1 << bit for bit, i in ((2, 3), (3, 5), (4, 4), (5, 6)) if need[i])
-        dout_TD = dout_TD.contiguous()
-        call.dispatch("p2p dispatch backward", dout_TD, None, None, slot_TR, count, None, None, None)
         try:
+            dout_TD = dout_TD.contiguous()
+            call.dispatch("p2p dispatch backward", dout_TD, None, None, slot_TR, count, None, None, None)
             dout_RD = call.peers.rows(call.layer, call.D, call.dtype)
             dx_RD, dweight_RK, dw_up, db_up, dw_down, db_down = torch.ops.lina.experts_bwd(
                 dout_RD, weight_RK, *more, *ctx.options, mask)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,7 +77,12 @@ class ExpertReducer:
         Never from the experts' own hooks: a layer that one replica does not use would
         leave the others waiting.
         """
-        for tensor in _tensors(output):
+        tensors = list(_tensors(output))
+        if not tensors and any(group.size() > 1 for group in self.by_replicas):
+            raise RuntimeError(f"ddp: the model returned a {type(output).__name__}, in which no tensor is "
+                               "found whose backward the experts' reduction could follow; return a "
+                               "tensor, or a mapping, list, tuple or dataclass of them")
+        for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(self._on_backward)
 
@@ -181,7 +186,7 @@ def release(params: Iterable[torch.nn.Parameter]) -> None:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, dict):
+    elif isinstance(output, Mapping):
         for value in output.values():
             yield from _tensors(value)
     elif isinstance(output, (list, tuple)):
