@@ -140,7 +140,7 @@ def refusals(device) -> None:
     wrapped = lina.ddp(Net("softmax", mesh, device=device), mesh)
     assert "zero tokens" in error_of(RuntimeError, wrapped.join)
     assert "norm_type" in error_of(ValueError, lina.clip_grad_norm_, wrapped, 1.0, 0.5)
-    if world == 4:                            # experts of 2 ranks with 2 replicas: there is something to reduce
+    if world == 4:                            # experts of 2 ranks, with 2 replicas to reduce over
         halves = lina.mesh(ep=world // 2)
         hidden = Net("softmax", halves, device=device)
         blind = lina.ddp(hidden, halves)
