@@ -12,4 +12,11 @@ int lina_add_simulate(PyObject *module);
 int lina_add_comm(PyObject *module);
 int lina_add_peers(PyObject *module);
 
+/* Raises the last error's text, ValueError for LINA_EINVAL and RuntimeError for
+ * the rest; returns NULL. */
+PyObject *lina_raise(int code);
+
+/* None, or what lina_raise does. */
+PyObject *lina_none_or_raise(int code);
+
 #endif

@@ -15,17 +15,6 @@ typedef struct {
   lina_policy policy;        /* micro-ops of reductions; size 0: none given */
 } communicator;
 
-/* The Python error of a code: ValueError for arguments, RuntimeError for the rest. */
-static PyObject *raise_error(int rc) {
-  PyErr_SetString(rc == LINA_EINVAL ? PyExc_ValueError : PyExc_RuntimeError, lina_error_text());
-  return NULL;
-}
-
-static PyObject *none_or(int rc) {
-  if (rc != LINA_OK) return raise_error(rc);
-  Py_RETURN_NONE;
-}
-
 /* ---- Communicator ---- */
 
 static int init(PyObject *self, PyObject *args, PyObject *kwargs) {
@@ -52,7 +41,7 @@ static int init(PyObject *self, PyObject *args, PyObject *kwargs) {
   PyThreadState *python = PyEval_SaveThread();
   int rc = lina_comm_create(&c->comm, &options, id);
   PyEval_RestoreThread(python);
-  if (rc != LINA_OK) raise_error(rc);
+  if (rc != LINA_OK) lina_raise(rc);
   return rc == LINA_OK ? 0 : -1;
 }
 
@@ -124,7 +113,7 @@ static PyObject *all_to_all(PyObject *self, PyObject *args) {
   rc = lina_comm_all_to_all(comm, &a, how, (void *)(uintptr_t)stream);
   PyEval_RestoreThread(python);
   free(counts);
-  return none_or(rc);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *all_reduce(PyObject *self, PyObject *args) {
@@ -144,7 +133,7 @@ static PyObject *all_reduce(PyObject *self, PyObject *args) {
   PyThreadState *python = PyEval_SaveThread();
   rc = lina_comm_all_reduce(comm, &a, (void *)(uintptr_t)stream);
   PyEval_RestoreThread(python);
-  return none_or(rc);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *reduce_scatter(PyObject *self, PyObject *args) {
@@ -172,7 +161,7 @@ static PyObject *reduce_scatter(PyObject *self, PyObject *args) {
   PyThreadState *python = PyEval_SaveThread();
   rc = lina_comm_reduce_scatter(comm, &a, (void *)(uintptr_t)stream);
   PyEval_RestoreThread(python);
-  return none_or(rc);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *set_policy(PyObject *self, PyObject *args) {
@@ -183,7 +172,7 @@ static PyObject *set_policy(PyObject *self, PyObject *args) {
   lina_policy made;
   if (!PyArg_ParseTuple(args, "dddL", &link.alpha_s, &link.beta_s, &micro_op_s, &unit)) return NULL;
   int rc = lina_policy_init(&made, link, micro_op_s, unit);
-  if (rc != LINA_OK) return raise_error(rc);
+  if (rc != LINA_OK) return lina_raise(rc);
   lina_policy_free(&c->policy);
   c->policy = made;
   return PyLong_FromLongLong(made.size);
@@ -192,7 +181,7 @@ static PyObject *set_policy(PyObject *self, PyObject *args) {
 static PyObject *check(PyObject *self, PyObject *unused) {
   lina_comm *comm = open_comm(self);
   (void)unused;
-  return comm ? none_or(lina_comm_check(comm)) : NULL;
+  return comm ? lina_none_or_raise(lina_comm_check(comm)) : NULL;
 }
 
 static PyMethodDef methods[] = {
@@ -232,7 +221,7 @@ static PyObject *nccl_id(PyObject *module, PyObject *unused) {
   char id[LINA_COMM_ID_BYTES];
   (void)module, (void)unused;
   int rc = lina_comm_id(id);
-  return rc == LINA_OK ? PyBytes_FromStringAndSize(id, sizeof id) : raise_error(rc);
+  return rc == LINA_OK ? PyBytes_FromStringAndSize(id, sizeof id) : lina_raise(rc);
 }
 
 static PyObject *set_priority(PyObject *module, PyObject *args) {
@@ -241,7 +230,8 @@ static PyObject *set_priority(PyObject *module, PyObject *args) {
   (void)module;
   if (!PyArg_ParseTuple(args, "ipK", &device, &raised, &stream)) return NULL;
   void *on = (void *)(uintptr_t)stream;
-  return none_or(raised ? lina_priority_raise(device, on) : lina_priority_lower(device, on));
+  return lina_none_or_raise(raised ? lina_priority_raise(device, on)
+                                   : lina_priority_lower(device, on));
 }
 
 static PyObject *read_priority(PyObject *module, PyObject *args) {
@@ -251,7 +241,7 @@ static PyObject *read_priority(PyObject *module, PyObject *args) {
   (void)module;
   if (!PyArg_ParseTuple(args, "i", &device)) return NULL;
   int rc = lina_priority_read(device, &word, &releases);
-  if (rc != LINA_OK) return raise_error(rc);
+  if (rc != LINA_OK) return lina_raise(rc);
   return Py_BuildValue("OL", word ? Py_True : Py_False, (long long)releases);
 }
 

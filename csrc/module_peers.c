@@ -18,16 +18,6 @@ static void release(PyObject *capsule) {
   Py_END_ALLOW_THREADS
 }
 
-static PyObject *raise_error(int code) {
-  PyErr_SetString(code == LINA_EINVAL ? PyExc_ValueError : PyExc_RuntimeError, lina_error_text());
-  return NULL;
-}
-
-static PyObject *none_or_error(int code) {
-  if (code != LINA_OK) return raise_error(code);
-  Py_RETURN_NONE;
-}
-
 static PyObject *make(PyObject *self, PyObject *args) {
   int rank, ep, sms, rc;
   long long out_bytes, back_bytes, tokens;
@@ -39,7 +29,7 @@ static PyObject *make(PyObject *self, PyObject *args) {
     return NULL;
   Py_BEGIN_ALLOW_THREADS rc =
       lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms);
-  Py_END_ALLOW_THREADS if (rc != LINA_OK) return raise_error(rc);
+  Py_END_ALLOW_THREADS if (rc != LINA_OK) return lina_raise(rc);
   PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
   if (!capsule) lina_peers_free(p);
   return capsule;
@@ -55,7 +45,7 @@ static PyObject *reduce_make(PyObject *self, PyObject *args) {
     return NULL;
   Py_BEGIN_ALLOW_THREADS rc =
       lina_peers_reduce_make(&p, rank, ep, blocks, tile_bytes, scatter, timeout_s);
-  Py_END_ALLOW_THREADS if (rc != LINA_OK) return raise_error(rc);
+  Py_END_ALLOW_THREADS if (rc != LINA_OK) return lina_raise(rc);
   PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
   if (!capsule) lina_peers_free(p);
   return capsule;
@@ -83,7 +73,7 @@ static PyObject *open_all(PyObject *self, PyObject *args) {
     PyErr_Format(PyExc_ValueError, "p2p: %zd bytes of exports for %d ranks", length, ep);
     return NULL;
   }
-  return none_or_error(lina_peers_open(p, (const unsigned char *)handles));
+  return lina_none_or_raise(lina_peers_open(p, (const unsigned char *)handles));
 }
 
 static PyObject *rows(PyObject *self, PyObject *capsule) {
@@ -116,7 +106,7 @@ static PyObject *dispatch(PyObject *self, PyObject *args) {
   if (!p) return NULL;
   a.links.tag = tag;
   a.T = T, a.C = C, a.K = K, a.E = E, a.row_bytes = row_bytes;
-  return none_or_error(lina_peers_dispatch(p, &a, priority, stream));
+  return lina_none_or_raise(lina_peers_dispatch(p, &a, priority, stream));
 }
 
 static PyObject *collect(PyObject *self, PyObject *args) {
@@ -137,7 +127,7 @@ static PyObject *collect(PyObject *self, PyObject *args) {
   if (!p) return NULL;
   a.links.tag = tag;
   a.T = T, a.C = C, a.K = K, a.E = E, a.D = D;
-  return none_or_error(lina_peers_collect(p, &a, priority, stream));
+  return lina_none_or_raise(lina_peers_collect(p, &a, priority, stream));
 }
 
 static PyObject *reduce(PyObject *self, PyObject *args) {
@@ -153,13 +143,13 @@ static PyObject *reduce(PyObject *self, PyObject *args) {
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
   a.tile_bytes = tile_bytes, a.count = count, a.scatter = scatter, a.mean = mean;
-  return none_or_error(lina_peers_reduce(p, &a, gently, stream));
+  return lina_none_or_raise(lina_peers_reduce(p, &a, gently, stream));
 }
 
 static PyObject *check(PyObject *self, PyObject *capsule) {
   lina_peers *p = peers_of(capsule);
   (void)self;
-  return p ? none_or_error(lina_peers_check(p)) : NULL;
+  return p ? lina_none_or_raise(lina_peers_check(p)) : NULL;
 }
 
 static PyObject *stop(PyObject *self, PyObject *args) {
@@ -170,7 +160,7 @@ static PyObject *stop(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "OO&p", &capsule, address, &stream, &overflow)) return NULL;
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
-  return none_or_error(
+  return lina_none_or_raise(
       lina_peers_stop(p, overflow ? LINA_PEERS_OVERFLOW : LINA_PEERS_FAILED, stream));
 }
 

@@ -31,7 +31,7 @@ from lina.parallel.observe import Call, Observer
 from lina.parallel.plan import Plan, State, copies, decide, unchanged
 from lina.parallel.predict import LayerLoad, Workload, links
 from lina.parallel.regroup import _check_gradients, regroup
-from lina.parallel.settings import TRANSPORTS, Settings, chosen, settings
+from lina.parallel.settings import TRANSPORTS, Settings, chosen, meshes, settings
 from lina.parallel.slots import Layer, layers, slots
 
 # What all ranks have in common.
@@ -230,12 +230,6 @@ class Auto:
         self.order.gently = state
         wrapper.expert_reducer.queue = state.queue
         self.done = True
-
-
-def meshes(model: nn.Module, *more: DeviceMesh) -> list[DeviceMesh]:
-    """Of a model's modules, and ``more``."""
-    found = (getattr(module, "mesh", None) for module in model.modules())
-    return [*more, *(m for m in found if isinstance(m, DeviceMesh))]
 
 
 def _spread(model: nn.Module) -> list[tuple[str, Layer]]:

@@ -14,17 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lina import tracing
-from lina.parallel.auto import Auto, Options, agreed_cost, meshes, ordered
+from lina.parallel.auto import Auto, Options, agreed_cost, ordered
 from lina.parallel.dispatch import eagerly
 from lina.parallel.experts import ExpertParameter, expert_parameters
 from lina.parallel.hook import HookState, allreduce_hook
 from lina.parallel.mesh import groups
 from lina.parallel.plan import Plan
 from lina.parallel.reduce import ExpertReducer
-from lina.parallel.settings import chosen, settings
+from lina.parallel.settings import set_degree
 
 SCHEDULES = ("plain", "lina", "auto")
-DEFAULT_DEGREE = (3, 3)
 _IGNORED = "_ddp_params_and_buffers_to_ignore"      # torch's name
 
 
@@ -49,8 +48,6 @@ class DataParallel(DistributedDataParallel):
             raise ValueError(f"ddp: observe, optimizer and regroup are for schedule 'auto', not {schedule!r}")
         if hook is not None and schedule == "plain":
             raise ValueError("ddp: hook is for schedules 'lina' and 'auto', not 'plain'")
-        if degree is None and schedule == "lina":
-            degree = DEFAULT_DEGREE
         for name in ("process_group", "device_mesh"):
             if options.get(name) is not None:
                 raise ValueError(f"ddp: {name} cannot be given; the groups are those of mesh")
@@ -87,10 +84,8 @@ class DataParallel(DistributedDataParallel):
             self._auto = Auto(mesh, *cost, told, next(module.parameters()).device)
             self.register_comm_hook(self._auto.order, ordered)
             degree = (1, 1)                    # while it observes
-        if degree is not None:
-            for one in meshes(module, mesh):
-                one_pass = told.degree is None and chosen(one) == "p2p"
-                settings(one).degree = (1, 1) if one_pass else degree
+        if degree is not None or schedule == "lina":
+            set_degree(module, mesh, degree)
         if schedule == "lina":
             state = (hook or HookState()).over(mesh)
             state.queue(next(module.parameters()).device)      # by all ranks together, now

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lina.parallel.ddp import DEFAULT_DEGREE, _check_same
+from lina.parallel.ddp import _check_same
 from lina.parallel.dispatch import eagerly
 from lina.parallel.experts import ExpertParameter, expert_parameters
 from lina.parallel.hook import HookState
 from lina.parallel.mesh import groups
 from lina.parallel.reduce import ExpertReducer
 from lina.parallel.reduce_scatter import AtOnce, ReduceScatter
-from lina.parallel.settings import chosen, settings
+from lina.parallel.settings import set_degree
 
 SCHEDULES = ("plain", "lina")
 _HERE = "_lina_fsdp"          # the attribute of a model that keeps what a call set
@@ -93,9 +93,6 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
         raise ValueError(f"fsdp: hook is for schedule 'lina', not {schedule!r}")
     state = (hook or HookState()).over(mesh) if schedule == "lina" else None
     scatter = AtOnce() if state is None else ReduceScatter(state)
-    given = degree
-    if degree is None and state is not None:
-        degree = DEFAULT_DEGREE
     world, experts = groups(mesh).world, expert_parameters(model)
     _check(model, experts, world)
     _check_same(experts, world)
@@ -104,10 +101,8 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
         before.remove()
     reducer = _Experts(model, experts, may_be_unused=find_unused_parameters)
     reducer.broadcast()
-    if degree is not None:
-        for one in [mesh, *(getattr(m, "mesh", None) for m in model.modules())]:
-            if isinstance(one, DeviceMesh):
-                settings(one).degree = (1, 1) if given is None and chosen(one) == "p2p" else degree
+    if degree is not None or state is not None:
+        set_degree(model, mesh, degree)
     if state is not None:
         state.queue(next(model.parameters()).device)         # by all ranks together, now
         reducer.queue = state.queue

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
 TRANSPORTS = ("auto", "c10d", "nccl", "p2p")
 MAX_DEGREE = 8
+DEFAULT_DEGREE = (3, 3)          # of schedule "lina"
 
 
 @dataclass
@@ -57,3 +59,15 @@ def chosen(mesh: DeviceMesh) -> str:
     """The transport that "auto" stands for here: c10d, unless another is asked for by name."""
     name = settings(mesh).transport
     return "c10d" if name == "auto" else name
+
+
+def meshes(model: nn.Module, *more: DeviceMesh) -> list[DeviceMesh]:
+    """Of a model's modules, and ``more``."""
+    found = (getattr(module, "mesh", None) for module in model.modules())
+    return [*more, *(m for m in found if isinstance(m, DeviceMesh))]
+
+
+def set_degree(model: nn.Module, mesh: DeviceMesh, degree: tuple[int, int] | None) -> None:
+    """Set ``degree`` for ``mesh`` and every mesh of ``model``; None: the default, or over p2p one pass."""
+    for one in meshes(model, mesh):
+        settings(one).degree = degree or ((1, 1) if chosen(one) == "p2p" else DEFAULT_DEGREE)
