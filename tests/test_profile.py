@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 
 import pytest
 import torch
@@ -15,32 +14,42 @@ import torch
 import lina
 from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, Point, default_path, machine_facts
 from lina.profile import measure, register, unregister
+from lina.profile import run as running
 
-# Seconds and seconds a byte: sizes whose times go from mostly alpha to mostly beta, in all 2 s of calls.
+# Seconds and seconds a byte: sizes whose times go from mostly alpha to mostly beta.
 ALPHA, BETA = 2e-4, 5e-8
 SIZES = (1000, 4000, 16000, 64000)
 LINKS = dict(device="cpu", transports=["fake"], shapes=[])
 
 
 class Fake:
-    """A transport that is busy for exactly its time, or longer where the system takes the core away:
-    by size, `excess` has the longest that was, in seconds, and `calls` how often it was called."""
+    """A transport on a clock of its own, which only its calls advance: by their time exactly, or
+    ``late[i % len(late)]`` seconds more in call i of a size. By size, ``calls`` counts them; sizes
+    of ``room`` bytes and more cannot be prepared."""
 
-    def __init__(self, alpha=ALPHA, beta=BETA):
-        self.alpha, self.beta = alpha, beta
-        self.excess, self.calls = {}, {}
+    def __init__(self, alpha=ALPHA, beta=BETA, late=(0.0,), room=math.inf):
+        self.alpha, self.beta, self.late, self.room = alpha, beta, late, room
+        self.now, self.calls = 0.0, {}
+
+    def perf_counter(self):
+        return self.now
 
     def prepare(self, ranks, n):
-        self.excess[n] = self.calls[n] = 0
+        if n >= self.room:
+            raise MemoryError(f"no room for {n}")
+        self.calls[n] = 0
 
         def run():
-            start = time.perf_counter()
-            while time.perf_counter() - start < self.alpha + n * self.beta:
-                pass
-            now = time.perf_counter()
-            self.excess[n] = max(self.excess[n], now - start - self.alpha - n * self.beta)
+            self.now += self.alpha + n * self.beta + self.late[self.calls[n] % len(self.late)]
             self.calls[n] += 1
         return run
+
+    def profile(self, monkeypatch, **given):
+        """The model of it alone."""
+        for module in (measure, running):
+            monkeypatch.setattr(module, "time", self)
+        with registered_as("a2a", "fake", self.prepare):
+            return lina.profile(**{**LINKS, **given})
 
 
 @contextlib.contextmanager
@@ -55,37 +64,30 @@ def registered_as(operation, transport, prepare, available=lambda ranks: True):
 # ---- the fit ----
 
 
-def test_a_synthetic_link_is_recovered():
-    """The median of a size lies between the truth and the fake's worst call, plus what the loop costs.
-    The fit projects the medians on lines, in relative errors, and the truth is a line: so the fit is
-    no farther from the truth than the medians are, over all sizes together."""
-    fake = Fake()
-    with registered_as("a2a", "fake", fake.prepare):
-        model = lina.profile(budget_s=3, sizes=SIZES, **LINKS)
+def test_a_synthetic_link_is_recovered(monkeypatch):
+    model = Fake().profile(monkeypatch, budget_s=3, sizes=SIZES)
     line = model.line("a2a")
     assert [p.n for p in line.points] == list(SIZES)
-    loop_s = 5e-6           # two clock readings, a turn of a loop and a call, many times over
-    errors = []
-    for p in line.points:
-        truth = ALPHA + p.n * BETA
-        assert truth <= p.low_s <= p.time_s <= p.high_s
-        assert p.time_s <= truth + fake.excess[p.n] + loop_s
-        errors.append((p.time_s - truth) / p.time_s)
-    limit = math.hypot(*errors) + 1e-12
-    for p in line.points:
-        assert abs(line.time(p.n) - (ALPHA + p.n * BETA)) <= limit * p.time_s
-        assert abs(line.time(p.n) - p.time_s) <= 2 * limit * p.time_s
-    assert model.time("a2a", 64000) == line.time(64000)
+    for p in line.points:                   # sums of a few hundred terms on the clock
+        assert p.low_s == pytest.approx(ALPHA + p.n * BETA, rel=1e-9)
+        assert p.high_s == pytest.approx(p.time_s, rel=1e-9) == pytest.approx(p.low_s, rel=1e-9)
+    assert line.alpha_s == pytest.approx(ALPHA, rel=1e-6) and line.beta_s == pytest.approx(BETA, rel=1e-6)
+    assert line.r2 == pytest.approx(1) and model.time("a2a", 64000) == line.time(64000)
 
 
-def test_sizes_that_would_take_too_long_are_left_out():
+def test_calls_that_the_system_delayed_do_not_move_the_line(monkeypatch):
+    """One call in seven is 3 ms late: some batches are, and the medians are not."""
+    fake = Fake(late=(0.0,) * 6 + (3e-3,), alpha=2e-3)          # a batch is one call or two
+    line = fake.profile(monkeypatch, budget_s=10, sizes=SIZES).line("a2a")
+    assert any(p.high_s > 2e-3 + p.n * BETA + 1e-3 for p in line.points)
+    assert line.alpha_s == pytest.approx(2e-3, rel=1e-6) and line.beta_s == pytest.approx(BETA, rel=1e-6)
+
+
+def test_sizes_that_would_take_too_long_are_left_out(monkeypatch):
     fake = Fake(alpha=1e-4, beta=1e-6)                  # 64 ms at 64000 B, 10 s at 10 MB
-    with registered_as("a2a", "fake", fake.prepare):
-        start = time.perf_counter()
-        model = lina.profile(budget_s=1.5, sizes=(*SIZES, 10_000_000), **LINKS)
-        took = time.perf_counter() - start
+    model = fake.profile(monkeypatch, budget_s=1.5, sizes=(*SIZES, 10_000_000))
     assert [p.n for p in model.line("a2a").points][:3] == list(SIZES[:3])
-    assert 10_000_000 not in fake.calls and took < 10
+    assert 10_000_000 not in fake.calls and fake.now < 1.6 and model.seconds == fake.now
 
 
 def test_repeats_stop_once_times_are_steady(monkeypatch):
@@ -99,20 +101,11 @@ def test_repeats_stop_once_times_are_steady(monkeypatch):
     assert len(measure.times(ranks, lambda: None, 0.0)) == measure.ROUND
 
 
-def test_what_cannot_be_prepared_is_a_note():
-    def fails(at):
-        def prepare(ranks, n):
-            if n >= at:
-                raise MemoryError(f"no room for {n}")
-            return Fake(1e-5, 0).prepare(ranks, n)
-        return prepare
-
-    with registered_as("a2a", "fake", fails(0)):
-        model = lina.profile(budget_s=1, sizes=SIZES, **LINKS)
+def test_what_cannot_be_prepared_is_a_note(monkeypatch):
+    model = Fake(room=0).profile(monkeypatch, sizes=SIZES)
     assert model.links == {} and model.notes == ("a2a fake: MemoryError: no room for 1000",)
     assert "not measured: a2a fake" in model.describe()
-    with registered_as("a2a", "fake", fails(16000)):
-        model = lina.profile(budget_s=1, sizes=SIZES, **LINKS)
+    model = Fake(room=16000).profile(monkeypatch, sizes=SIZES)
     assert [p.n for p in model.line("a2a").points] == [1000, 4000] and model.notes == ()
 
 
