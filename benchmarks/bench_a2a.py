@@ -19,8 +19,8 @@ import torch.distributed as dist
 from common import machine
 from torch import Tensor
 
-from lina.parallel.p2p import _Round
-from lina.parallel.peers import Peers
+from lina.parallel.tokens.p2p import _Round
+from lina.parallel.transport.peers import Peers
 
 MEGABYTES = (1, 4, 16, 64, 256)
 REPEATS = 20

@@ -20,8 +20,8 @@ import statistics
 import torch
 import torch.distributed as dist
 
-from lina.parallel import nccl
-from lina.parallel.peer_reduce import PeerReducer
+from lina.parallel.gradients.peer_reduce import PeerReducer
+from lina.parallel.transport import nccl
 
 
 class Bench:

@@ -1,5 +1,5 @@
 /* module_comm.c - csrc/comm over NCCL, for Python: class Communicator and the
- * priority word. Pointers and streams travel as integers; lina/parallel/nccl.py keeps
+ * priority word. Pointers and streams travel as integers; lina/parallel/transport/nccl.py keeps
  * the tensors alive and knows their dtypes. */
 #include <stdlib.h>
 #include <string.h>

@@ -140,7 +140,7 @@ def counted(device) -> None:
     save("slow")
     world = dist.get_world_size()
     mesh = lina.mesh(ep=world)
-    observer = parallel.observe.Observer(device)
+    observer = parallel.plan.observe.Observer(device)
     net = spread_net(whole_net("softmax", device), "softmax", mesh)
     x, _ = batch(dist.get_rank(), 0, next(net.parameters()), tokens=TOKENS)
     found = {}

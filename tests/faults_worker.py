@@ -28,8 +28,8 @@ from torch import nn
 
 import lina
 from lina import _C, parallel
-from lina.parallel import nccl
-from lina.parallel.transport import gate
+from lina.parallel.transport import nccl
+from lina.parallel.transport.base import gate
 
 from helpers import assert_within_rounding
 

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 import lina
 from lina import parallel
-from lina.parallel import nccl
-from lina.parallel.reduce import ExpertReducer
-from lina.parallel.reduce_scatter import AtOnce, ReduceScatter
-from lina.parallel.transport import gate
+from lina.parallel.gradients.reduce import ExpertReducer
+from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
+from lina.parallel.transport import nccl
+from lina.parallel.transport.base import gate
 
 from helpers import assert_within_rounding
 

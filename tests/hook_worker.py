@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lina
 from lina import parallel
-from lina.parallel.queue import HostQueue
-from lina.parallel.transport import gate
+from lina.parallel.gradients.queue import HostQueue
+from lina.parallel.transport.base import gate
 
 from helpers import assert_within_rounding
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from parallel_worker import error_of, everyone
 
 from lina import _C
-from lina.parallel import nccl
+from lina.parallel.transport import nccl
 
 WORLD_TIMEOUT_S = 8
 LINK = (20e-6, 1 / 250e9)

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from lina import ops, parallel
-from lina.parallel.p2p import moe
-from lina.parallel.peers import Peers
+from lina.parallel.tokens.p2p import moe
+from lina.parallel.transport.peers import Peers
 
 from helpers import assert_within_rounding
 

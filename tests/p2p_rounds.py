@@ -11,8 +11,8 @@ from parallel_worker import error_of
 
 import lina
 from lina import _C, parallel
-from lina.parallel.p2p import _Round
-from lina.parallel.peers import Peers
+from lina.parallel.tokens.p2p import _Round
+from lina.parallel.transport.peers import Peers
 
 
 def ways(device) -> None:

@@ -24,8 +24,8 @@ from p2p_case import (
 from p2p_rounds import degree, priority, ways
 from parallel_worker import error_of, everyone
 
-from lina.parallel.p2p import moe
-from lina.parallel.peers import Peers
+from lina.parallel.tokens.p2p import moe
+from lina.parallel.transport.peers import Peers
 
 from helpers import on_side_stream
 

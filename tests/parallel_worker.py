@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lina
 from lina import parallel
-from lina.parallel import reduce
+from lina.parallel.gradients import reduce
 
 from helpers import assert_within_rounding
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from parallel_worker import error_of, everyone
 
 from lina import _C
-from lina.parallel import nccl
-from lina.parallel.peer_reduce import DTYPES, PeerReducer
-from lina.parallel.queue import DeviceQueue
+from lina.parallel.gradients.peer_reduce import DTYPES, PeerReducer
+from lina.parallel.gradients.queue import DeviceQueue
+from lina.parallel.transport import nccl
 
 SMALL = dict(blocks=4, tile_bytes=1 << 14)      # rings of few and small tiles come round soon
 # elements: one; less than a vector; a tile and a bit; many rounds of the ring; none

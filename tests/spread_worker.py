@@ -11,7 +11,7 @@ from parallel_worker import EXPERTS, batch, error_of, everyone, loss_of, spread_
 
 import lina
 from lina import parallel
-from lina.parallel.transport import gate
+from lina.parallel.transport.base import gate
 
 from helpers import acc_dtype, assert_within_rounding, float_dtypes
 

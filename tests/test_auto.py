@@ -18,8 +18,8 @@ from lina.parallel import (
     machine_facts,
     predict,
 )
-from lina.parallel.plan import State, decide
-from lina.parallel.predict import best_degree, calibrate, copies
+from lina.parallel.plan.decide import State, decide
+from lina.parallel.plan.predict import best_degree, calibrate, copies
 from lina.train import launch as train
 from lina.train import options
 

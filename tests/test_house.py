@@ -220,6 +220,35 @@ def test_python_table_refuses(layer, module):
     assert py_violations(layer, [(module, True)]) != []
 
 
+# Inside lina/parallel imports point to earlier rows, or stay in a folder; what is in no row comes last.
+PARALLEL_ROWS = ({"settings"}, {"mesh"}, {"experts"}, {"transport", "plan"}, {"tokens", "gradients"})
+
+
+def row_of(module: str) -> int:
+    return next((i for i, row in enumerate(PARALLEL_ROWS) if module in row), len(PARALLEL_ROWS))
+
+
+def downwards(part: str, modules: list[str]) -> list[str]:
+    """Of the imports in a file or folder of lina/parallel, those that do not point downwards."""
+    own, last = row_of(part), len(PARALLEL_ROWS)
+    found = [m.split(".")[2] for m in modules if m.startswith("lina.parallel.")]
+    return [f"lina/parallel/{part}: may not import {m}" for m in found
+            if m != part and row_of(m) >= own and own < last]
+
+
+@pytest.mark.parametrize("path", sorted((LINA / "parallel").rglob("*.py")),
+                         ids=lambda p: p.relative_to(LINA / "parallel").as_posix())
+def test_parallel_imports_point_downwards(path):
+    part = path.relative_to(LINA / "parallel").parts[0].removesuffix(".py")
+    assert downwards(part, [module for module, _ in imported(path)]) == []
+
+
+@pytest.mark.parametrize("part,module", [("mesh", "experts"), ("transport", "plan"), ("plan", "gradients"),
+                                         ("tokens", "gradients"), ("gradients", "ddp")])
+def test_parallel_rows_refuse(part, module):
+    assert downwards(part, [f"lina.parallel.{module}.x"]) != []
+
+
 # ---- length and names ----
 
 # Over 300 lines, with the reason. 500 is the end.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lina import _C
-from lina.parallel.peers import Peers
+from lina.parallel.transport.peers import Peers
 
 from ranks import launch, results
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lina import _C
-from lina.parallel.peer_reduce import PeerReducer
+from lina.parallel.gradients.peer_reduce import PeerReducer
 
 from ranks import launch, results
 

@@ -1,26 +1,22 @@
 """Experts spread over ranks: meshes, the exchange of tokens, data parallelism, clipping."""
 
 from lina.parallel.amp import GradScaler
-from lina.parallel.carriers import makers
 from lina.parallel.clip import clip_grad_norm_
-from lina.parallel.cost import CostModel
 from lina.parallel.ddp import DataParallel, ddp
-from lina.parallel.dispatch import Route, collect, dispatch
 from lina.parallel.experts import ExpertParameter, expert_parameters
 from lina.parallel.fsdp import fsdp
-from lina.parallel.hook import HookState, allreduce_hook
-from lina.parallel.lines import DTYPES, ExpertPass, ExpertShape, Line, Point
-from lina.parallel.machine import default_path, machine_facts
+from lina.parallel.gradients.hook import HookState, allreduce_hook
+from lina.parallel.gradients.reduce import release
+from lina.parallel.gradients.reduce_scatter import ReduceScatter
 from lina.parallel.mesh import Groups, ep_rank, ep_size, groups, local_count, mesh, shard
-from lina.parallel.nccl import Reducer
-from lina.parallel.plan import Plan, Trial
-from lina.parallel.predict import LayerLoad, Workload, predict
-from lina.parallel.reduce import release
-from lina.parallel.reduce_scatter import ReduceScatter
+from lina.parallel.plan.cost import CostModel
+from lina.parallel.plan.decide import Plan, Trial
+from lina.parallel.plan.lines import DTYPES, ExpertPass, ExpertShape, Line, Point
+from lina.parallel.plan.machine import default_path, machine_facts
+from lina.parallel.plan.predict import LayerLoad, Workload, predict
 from lina.parallel.regroup import regroup
 from lina.parallel.settings import Settings, settings
 from lina.parallel.slots import Layer
-from lina.parallel.spread import moe
 from lina.parallel.state import (
     Part,
     check_stamp,
@@ -30,6 +26,10 @@ from lina.parallel.state import (
     stamp_or_gather,
     take_part,
 )
+from lina.parallel.tokens.dispatch import Route, collect, dispatch
+from lina.parallel.tokens.spread import moe
+from lina.parallel.transport.carriers import makers
+from lina.parallel.transport.nccl import Reducer
 
 __all__ = [
     "DTYPES", "CostModel", "DataParallel", "ExpertParameter", "ExpertPass", "ExpertShape", "GradScaler",

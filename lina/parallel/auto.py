@@ -1,8 +1,8 @@
 """``lina.ddp(..., schedule="auto")``: steps in the plain order, observed, then a plan.
 
     1. when the model is wrapped, rank 0's cost model goes to all ranks;
-    2. ``observe`` steps run in the plain order, one pass a layer (observe.py);
-    3. before the next one all ranks' observations meet; rank 0 decides (plan.py), all ranks take that;
+    2. ``observe`` steps run in the plain order, one pass a layer (plan/observe.py);
+    3. before the next one all ranks' observations meet; rank 0 decides (plan/decide.py), all ranks take that;
     4. transport and degrees hold from that step on, and so does the order of gradients; on CUDA one step
        later, when every kernel has run once: one that is launched for the first time while gradients
        wait on the device may stop the host.
@@ -24,15 +24,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lina.parallel.cost import CostModel
-from lina.parallel.hook import HookState, allreduce_hook
+from lina.parallel.gradients.hook import HookState, allreduce_hook
 from lina.parallel.mesh import ep_size, groups
-from lina.parallel.observe import Call, Observer
-from lina.parallel.plan import Plan, State, copies, decide, unchanged
-from lina.parallel.predict import LayerLoad, Workload, links
-from lina.parallel.regroup import _check_gradients, regroup
+from lina.parallel.plan.cost import CostModel
+from lina.parallel.plan.decide import Plan, State, copies, decide, unchanged
+from lina.parallel.plan.observe import Call, Observer
+from lina.parallel.plan.predict import LayerLoad, Workload, links
+from lina.parallel.regroup import regroup
 from lina.parallel.settings import TRANSPORTS, Settings, chosen, meshes, settings
-from lina.parallel.slots import Layer, layers, slots
+from lina.parallel.slots import Layer, check_gradients, layers, slots
 
 # What all ranks have in common.
 _SAME = ("experts", "top_k", "dim", "ffn_dim", "local", "dtype", "activation", "expert_bytes",
@@ -168,7 +168,7 @@ class Auto:
         refused = ""
         if self.options.regroup:
             try:
-                _check_gradients(wrapper, slots(layers(wrapper)))
+                check_gradients(wrapper, slots(layers(wrapper)))
             except ValueError as error:
                 refused = str(error)
         room = None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed import get_process_group_ranks as _ranks
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook as at_once
@@ -15,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lina import tracing
 from lina.parallel.auto import Auto, Options, agreed_cost, ordered
-from lina.parallel.dispatch import eagerly
-from lina.parallel.experts import ExpertParameter, expert_parameters
-from lina.parallel.hook import HookState, allreduce_hook
+from lina.parallel.experts import ExpertParameter, check_same, expert_parameters
+from lina.parallel.gradients.hook import HookState, allreduce_hook
+from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.mesh import groups
-from lina.parallel.plan import Plan
-from lina.parallel.reduce import ExpertReducer
+from lina.parallel.plan.decide import Plan
 from lina.parallel.settings import set_degree
+from lina.parallel.tokens.dispatch import eagerly
 
 SCHEDULES = ("plain", "lina", "auto")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"      # torch's name
@@ -65,7 +63,7 @@ class DataParallel(DistributedDataParallel):
         ignored = {*getattr(module, _IGNORED, ()), *(e.name for e in experts)}
         init_sync = options.get("init_sync", True)
         if init_sync:
-            _check_same(experts, world)
+            check_same(experts, world)
         former = vars(module).get(_IGNORED)
         self._set_params_and_buffers_to_ignore_for_model(module, ignored)
         try:
@@ -202,17 +200,3 @@ def _check_dense(module: nn.Module, experts: list[ExpertParameter]) -> None:
     if experts and not any(p.requires_grad for p in module.parameters() if id(p) not in spread):
         raise RuntimeError("ddp: every parameter outside the experts is frozen; leave one with "
                            "requires_grad, a router's weight say, for DistributedDataParallel to work on")
-
-
-def _check_same(experts: list[ExpertParameter], world: dist.ProcessGroup) -> None:
-    """Ranks that built different experts would wait for each other, or mix them up."""
-    text = repr([(e.name, tuple(e.param.shape), e.param.dtype, e.param.requires_grad) for e in experts])
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    device = experts[0].param.device if experts else torch.device("cpu")
-    if not experts and dist.get_backend(world) == "nccl":
-        device = torch.device("cuda")
-    extremes = torch.tensor([digest, -digest], device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=world)
-    if extremes[0].item() != -extremes[1].item():
-        raise ValueError("ddp: the ranks' experts differ in names, shapes, dtypes or requires_grad; "
-                         f"here: {text[:300]}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -30,6 +33,20 @@ def expert_parameters(model: nn.Module) -> list[ExpertParameter]:
         for name, param in module.named_parameters(prefix):
             found.setdefault(id(param), ExpertParameter(name, param, groups(mesh)))
     return list(found.values())
+
+
+def check_same(experts: list[ExpertParameter], world: dist.ProcessGroup) -> None:
+    """Ranks that built different experts would wait for each other, or mix them up."""
+    text = repr([(e.name, tuple(e.param.shape), e.param.dtype, e.param.requires_grad) for e in experts])
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    device = experts[0].param.device if experts else torch.device("cpu")
+    if not experts and dist.get_backend(world) == "nccl":
+        device = torch.device("cuda")
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=world)
+    if extremes[0].item() != -extremes[1].item():
+        raise ValueError("ddp: the ranks' experts differ in names, shapes, dtypes or requires_grad; "
+                         f"here: {text[:300]}")
 
 
 def _spread(model: nn.Module) -> Iterator[tuple[str, nn.Module, DeviceMesh]]:

@@ -1,7 +1,7 @@
 """torch's fully_shard (FSDP2) for models whose experts are spread over ranks.
 
 Dense parameters stay fully_shard's; their gradients may travel in lina's reduce-scatter
-(reduce_scatter.py), those of experts are averaged over replicas by lina (reduce.py).
+(gradients/reduce_scatter.py), those of experts are averaged over replicas by lina (gradients/reduce.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lina.parallel.ddp import _check_same
-from lina.parallel.dispatch import eagerly
-from lina.parallel.experts import ExpertParameter, expert_parameters
-from lina.parallel.hook import HookState
+from lina.parallel.experts import ExpertParameter, check_same, expert_parameters
+from lina.parallel.gradients.hook import HookState
+from lina.parallel.gradients.reduce import ExpertReducer
+from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.mesh import groups
-from lina.parallel.reduce import ExpertReducer
-from lina.parallel.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.settings import set_degree
+from lina.parallel.tokens.dispatch import eagerly
 
 SCHEDULES = ("plain", "lina")
 _HERE = "_lina_fsdp"          # the attribute of a model that keeps what a call set
@@ -95,7 +94,7 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     scatter = AtOnce() if state is None else ReduceScatter(state)
     world, experts = groups(mesh).world, expert_parameters(model)
     _check(model, experts, world)
-    _check_same(experts, world)
+    check_same(experts, world)
     before = vars(model).pop(_HERE, None)
     if before is not None:
         before.remove()

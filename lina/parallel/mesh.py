@@ -58,7 +58,7 @@ def mesh(ep: int, *, device_type: str | None = None, transport: str = "auto",
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     ranks_DE = torch.arange(world).view(world // ep, ep)
-    timeout = _timeout(everyone)
+    timeout = timeout_of(everyone)
     groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
               for ranks in (ranks_DE.T, ranks_DE)]
     made = DeviceMesh.from_group(groups, device_type, mesh=ranks_DE, mesh_dim_names=("dp", "ep"))
@@ -108,7 +108,7 @@ def _group(ranks: Tensor, like: dist.ProcessGroup) -> dist.ProcessGroup:
         return _world()
     if members == sorted(dist.get_process_group_ranks(like)):
         return like
-    return dist.new_group(members, timeout=_timeout(like), use_local_synchronization=True)
+    return dist.new_group(members, timeout=timeout_of(like), use_local_synchronization=True)
 
 
 def _alive(group: dist.ProcessGroup) -> bool:
@@ -126,7 +126,7 @@ def _world() -> dist.ProcessGroup:
     return group
 
 
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", None)
 

@@ -19,14 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lina.parallel.experts import ExpertParameter
-from lina.parallel.mesh import _timeout, groups, mesh
-from lina.parallel.reduce import ExpertReducer, _reducers, _scale, _scaled
+from lina.parallel.gradients.reduce import ExpertReducer, _reducers, _scale, _scaled
+from lina.parallel.mesh import groups, mesh, timeout_of
 from lina.parallel.settings import settings
-from lina.parallel.slots import Layer, Slot, layers, move, per_row, ranks, share, slots
+from lina.parallel.slots import Layer, Slot, check_gradients, layers, move, per_row, ranks, share, slots
 
 _following: weakref.WeakKeyDictionary[ExpertReducer, weakref.finalize] = weakref.WeakKeyDictionary()
 
@@ -74,7 +73,7 @@ def regroup(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None,
         optimizers = _optimizers(optimizer)
         _check_ep(ep, found)
         parts = slots(found)
-        _check_gradients(model, parts)
+        check_gradients(model, parts)
         facts = [_facts(slot, optimizers) for slot in parts]
     except ValueError as error:
         problem = str(error)
@@ -118,20 +117,6 @@ def _check_ep(ep: Any, found: list[tuple[str, Layer]]) -> None:
         if not torch.equal(members, everyone):
             raise ValueError(f"regroup: the mesh of {name} has ranks {members.tolist()}, that of "
                              f"{found[0][0]} {everyone.tolist()}; must be the same")
-
-
-def _check_gradients(model: nn.Module, parts: list[Slot]) -> None:
-    names = {id(p): slot.name for slot in parts for p in slot.params}
-    for slot in parts:
-        if any(p.grad is not None for p in slot.params):
-            raise ValueError(f"regroup: {slot.name} has a gradient; call regroup after "
-                             "optimizer.zero_grad(set_to_none=True)")
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            for p in module._module_parameters:
-                if id(p) in names:
-                    raise ValueError(f"regroup: {names[id(p)]} is in the buckets of DistributedDataParallel, "
-                                     "which cannot give it up; regroup the bare model, then call lina.ddp")
 
 
 def _facts(slot: Slot, optimizers: list[Optimizer]) -> str:
@@ -269,7 +254,7 @@ def _sibling(found: list[tuple[str, Layer]], ep: int) -> DeviceMesh:
 def _mesh_of(ranks_DE: Tensor, like: DeviceMesh) -> DeviceMesh:
     """As :func:`lina.mesh`, of some ranks; the others take no part."""
     row, column = (ranks_DE == dist.get_rank()).nonzero()[0].tolist()
-    timeout = _timeout(groups(like).world)
+    timeout = timeout_of(groups(like).world)
     pair = [dist.new_group(members.tolist(), timeout=timeout, use_local_synchronization=True)
             for members in (ranks_DE[:, column], ranks_DE[row])]
     return DeviceMesh.from_group(pair, like.device_type, mesh=ranks_DE, mesh_dim_names=("dp", "ep"))

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 TRANSPORTS = ("auto", "c10d", "nccl", "p2p")
 MAX_DEGREE = 8
 DEFAULT_DEGREE = (3, 3)          # of schedule "lina"
+UNIT = 256        # bytes of which every cut of gradients is a multiple: whole elements, whole cache lines
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Settings:
 
     Attributes:
         transport: "auto" (chosen by what the ranks have), "c10d", "nccl" or "p2p".
-        degree: expert passes of a layer forward and backward, 1 to 8 each (spread.py says which);
+        degree: expert passes of a layer forward and backward, 1 to 8 each (tokens/spread.py says which);
             with "p2p" (1, 1) alone.
         tokens, cap_bytes: "p2p" alone: the most tokens that any rank will have, None: as many as it has
             in the first call; and the limit on a rank's receive buffer, None: its GPU's memory.

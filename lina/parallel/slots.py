@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lina import tracing
@@ -202,3 +203,17 @@ def renew(p: nn.Parameter, data: Tensor) -> None:
     other = torch.float16 if p.dtype != torch.float16 else torch.float32
     p.data = torch.empty(0, dtype=other, device=p.device)
     p.data = data
+
+
+def check_gradients(model: nn.Module, parts: list[Slot]) -> None:
+    names = {id(p): slot.name for slot in parts for p in slot.params}
+    for slot in parts:
+        if any(p.grad is not None for p in slot.params):
+            raise ValueError(f"regroup: {slot.name} has a gradient; call regroup after "
+                             "optimizer.zero_grad(set_to_none=True)")
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            for p in module._module_parameters:
+                if id(p) in names:
+                    raise ValueError(f"regroup: {names[id(p)]} is in the buckets of DistributedDataParallel, "
+                                     "which cannot give it up; regroup the bare model, then call lina.ddp")

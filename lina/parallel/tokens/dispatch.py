@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import ops, tracing
-from lina.parallel.observe import saw_rows
-from lina.parallel.transport import failure, gate
+from lina.parallel.plan.observe import saw_rows
+from lina.parallel.transport.base import failure, gate
 
 _AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients")
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lina import _C, ops, tracing
-from lina.parallel.dispatch import eagerly
-from lina.parallel.peers import Layer, Peers, current_stream
+from lina.parallel.tokens.dispatch import eagerly
+from lina.parallel.transport.peers import Agreed, Peers, current_stream
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)      # in the order of csrc/dtype.h
 
@@ -77,7 +77,7 @@ class _Round(NamedTuple):
     """One layer's exchanges: rows out, rows back."""
 
     peers: Peers
-    layer: Layer
+    layer: Agreed
     T: int
     D: int
     K: int

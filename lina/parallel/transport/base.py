@@ -1,8 +1,8 @@
 """How bytes travel among the ranks that share one copy of the experts, and who gives way to whom.
 
-A spread layer (spread.py) starts all-to-alls and waits for them; what carries them is a Transport:
+A spread layer (tokens/spread.py) starts all-to-alls and waits for them; what carries them is a Transport:
 c10d.py over any backend of torch.distributed, nccl.py over communicators of lina's own. Gradient
-micro-ops (queue.py) start only while no all-to-all is queued, running or imminent.
+micro-ops (gradients/queue.py) start only while no all-to-all is queued, running or imminent.
 """
 
 from __future__ import annotations

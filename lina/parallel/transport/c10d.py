@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import tracing
-from lina.parallel.transport import Pending, Transport, failure, gate
+from lina.parallel.transport.base import Pending, Transport, failure, gate
 
 
 class C10d(Transport):

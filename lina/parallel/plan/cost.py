@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lina.parallel.lines import ExpertPass, ExpertShape, Line, read_line
-from lina.parallel.machine import default_path, machine_facts, overwrite
+from lina.parallel.plan.lines import ExpertPass, ExpertShape, Line, read_line
+from lina.parallel.plan.machine import default_path, machine_facts, overwrite
 
 KIND, FORMAT = "lina cost model", 1
 GOOD_FIT = 0.99                 # r2 below it is worth a warning: FSMoE reports 0.9987 at the least

@@ -2,7 +2,7 @@
 
 HostQueue is driven by the host, for c10d. A thread asks the policy (csrc/plan/policy.h) what may
 start, reduces that piece and waits for it. DeviceQueue hands all pieces to NCCL at once; there the
-device itself holds each of them back (nccl.py).
+device itself holds each of them back (transport/nccl.py).
 
 No deadlock: the thread starts pieces in the order of submission, which is the same on every rank;
 it waits for all-to-alls, and these wait for no gradient. So on the rank that is furthest behind
@@ -24,13 +24,12 @@ from torch import Tensor
 from torch.futures import Future
 
 from lina import _C, tracing
-from lina.parallel.mesh import _timeout
-from lina.parallel.nccl import Reducer
-from lina.parallel.peer_reduce import DTYPES, PeerReducer
-from lina.parallel.peers import MAX_RANKS
-from lina.parallel.transport import gate
-
-UNIT = 256        # bytes of which every cut is a multiple: whole elements, whole cache lines
+from lina.parallel.gradients.peer_reduce import DTYPES, PeerReducer
+from lina.parallel.mesh import timeout_of
+from lina.parallel.settings import UNIT
+from lina.parallel.transport.base import gate
+from lina.parallel.transport.nccl import Reducer
+from lina.parallel.transport.peers import MAX_RANKS
 
 
 class Queue(Protocol):
@@ -99,7 +98,7 @@ class HostQueue:
 
     def __init__(self, group: dist.ProcessGroup, link: tuple[float, float], micro_op_s: float) -> None:
         ranks = dist.get_process_group_ranks(group)
-        own = dist.new_group(ranks, timeout=_timeout(group), use_local_synchronization=True)
+        own = dist.new_group(ranks, timeout=timeout_of(group), use_local_synchronization=True)
         self._state = state = _State(_C.Policy(link, micro_op_s, UNIT), weakref.ref(own))
         self._thread = threading.Thread(target=_serve, args=(state,), name="lina gradients", daemon=True)
         weakref.finalize(own, state.close)         # destroy_process_group drops it

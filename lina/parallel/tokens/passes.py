@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lina import ops, tracing
-from lina.parallel.dispatch import raw
-from lina.parallel.layout import CHUNKS, COLUMNS, Layout, layout, tables
-from lina.parallel.observe import saw_rows
-from lina.parallel.transport import Pending, Transport
+from lina.parallel.plan.observe import saw_rows
+from lina.parallel.tokens.dispatch import raw
+from lina.parallel.tokens.layout import CHUNKS, COLUMNS, Layout, layout, tables
+from lina.parallel.transport.base import Pending, Transport
 
 AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients",
           "degree forward", "degree backward")

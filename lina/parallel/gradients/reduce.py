@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lina import tracing
 from lina.parallel.experts import ExpertParameter
-from lina.parallel.queue import Queue
+from lina.parallel.gradients.queue import Queue
 
 _SMALL = 1 << 20     # gradients of fewer bytes travel together, larger ones in place
 

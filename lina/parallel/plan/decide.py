@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lina import _C
-from lina.parallel.cost import CostModel
-from lina.parallel.predict import (
+from lina.parallel.plan.cost import CostModel
+from lina.parallel.plan.predict import (
     MICRO_OP_S,
     WORTH,
     LayerLoad,
@@ -25,8 +25,7 @@ from lina.parallel.predict import (
     pipeline,
     predict,
 )
-from lina.parallel.queue import UNIT
-from lina.parallel.settings import MAX_DEGREE
+from lina.parallel.settings import MAX_DEGREE, UNIT
 
 MICRO_OPS_S = (MICRO_OP_S, 0.25e-3, 1e-3, 2e-3)        # tried in this order
 STEPS = 1000           # that a move of experts should pay for itself in

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from lina import _C
-from lina.parallel.mesh import _timeout
+from lina.parallel.mesh import timeout_of
 
 MAX_RANKS = 8
 _STEP = 128           # C is a multiple: uneven batches share one layer's agreement
 _TAGS = 255
-_left: list[Any] = []  # buffers that a peer may still have mapped: freed when the process ends
+left_mapped: list[Any] = []  # buffers that a peer may still have mapped: freed when the process ends
 
 
 class _Memory:
@@ -41,7 +41,7 @@ class _Buffer(NamedTuple):
     back_bytes: int
 
 
-class Layer(NamedTuple):
+class Agreed(NamedTuple):
     C: int
     tag: int
 
@@ -80,7 +80,7 @@ class Peers:
         if not _C.CUDA:
             raise RuntimeError("p2p: lina was built without CUDA")
         if timeout_s is None:
-            timeout_s = (_timeout(group) or timedelta(minutes=10)).total_seconds()
+            timeout_s = (timeout_of(group) or timedelta(minutes=10)).total_seconds()
         self.ep, self.rank = ep, group.rank()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.tokens, self.cap_bytes, self.timeout_s, self.sms = tokens, cap_bytes, timeout_s, sms
@@ -88,12 +88,12 @@ class Peers:
         made[0] += 1
         self._store = dist.PrefixStore(f"lina.p2p.{made[0]}", _get_process_group_store(group))
         self._rounds = 0
-        self._layers: dict[tuple, Layer] = {}
+        self._layers: dict[tuple, Agreed] = {}
         self._buffer: _Buffer | None = None
         self._captured: list[_Buffer] = []         # graphs hold their addresses
 
     def layer(self, T: int, D: int, K: int, E: int, dtype: torch.dtype, grad: bool,
-              tokens: int | None = None) -> Layer:
+              tokens: int | None = None) -> Agreed:
         """What all ranks agreed on for calls like this one; collective when it is the first."""
         key = D, K, E, dtype, grad, tokens or self.tokens
         found = self._layers.get(key)
@@ -117,7 +117,7 @@ class Peers:
             self._captured.append(self._buffer)
         return self._buffer.handle
 
-    def rows(self, layer: Layer, D: int, dtype: torch.dtype) -> Tensor:
+    def rows(self, layer: Agreed, D: int, dtype: torch.dtype) -> Tensor:
         """[ep * C, D]: the tokens of this round where they arrived; gone with the next."""
         assert self._buffer is not None
         size = self.ep * layer.C * D
@@ -153,7 +153,7 @@ class Peers:
         try:
             self._gather("closed", min(self.timeout_s, 10.0))
         except RuntimeError:
-            _left.append(buffer)
+            left_mapped.append(buffer)
 
     def _gather(self, said: Any, timeout_s: float | None = None) -> list[Any]:
         """What every rank said in this round of the group's store."""
@@ -168,9 +168,9 @@ class Peers:
                                f"layer: {error}") from error
         return [json.loads(self._store.get(key)) for key in keys]
 
-    def _agree(self, T: int, key: tuple) -> Layer:
+    def _agree(self, T: int, key: tuple) -> Agreed:
         D, K, E, dtype, grad, tokens = key
-        facts = {"host": _host(), "D": D, "K": K, "number of experts": E, "dtype of x": str(dtype),
+        facts = {"host": host_id(), "D": D, "K": K, "number of experts": E, "dtype of x": str(dtype),
                  "need of gradients": grad, "tokens": tokens}
         everyone = self._gather([facts, T, self.cap_bytes])
         for name in facts:
@@ -187,7 +187,7 @@ class Peers:
         back = -(-rows * D * dtype.itemsize // 16) * 16 + rows * K * 4
         caps = [said[2] for said in everyone if said[2] is not None]
         self._grow(back + rows * K * 4, back, C, min(caps) if caps else None)
-        return Layer(C, len(self._layers) % _TAGS)
+        return Agreed(C, len(self._layers) % _TAGS)
 
     def _grow(self, out_bytes: int, back_bytes: int, C: int, cap: int | None) -> None:
         """Buffers of at least these sizes; all ranks come here with the same numbers."""
@@ -241,7 +241,7 @@ def current_stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-def _host() -> str:
+def host_id() -> str:
     """The same for all processes of one running system."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"

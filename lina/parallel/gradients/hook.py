@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lina.parallel.gradients.queue import DeviceQueue, HostQueue, Queue
 from lina.parallel.mesh import groups
-from lina.parallel.queue import DeviceQueue, HostQueue, Queue
 from lina.parallel.settings import chosen
 
 _COMPRESS = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}

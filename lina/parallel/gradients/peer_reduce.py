@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import _C
-from lina.parallel.nccl import stream
-from lina.parallel.peers import Peers, _host, _left
+from lina.parallel.transport.nccl import stream
+from lina.parallel.transport.peers import Peers, host_id, left_mapped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)       # in the order of csrc/dtype.h
 
@@ -46,7 +46,7 @@ class PeerReducer:
         if scatter is None:
             scatter = peers.ep > 2
         self._shape = blocks, tile_bytes, scatter
-        facts = {"host": _host(), "blocks": blocks, "tile_bytes": tile_bytes, "scatter": scatter}
+        facts = {"host": host_id(), "blocks": blocks, "tile_bytes": tile_bytes, "scatter": scatter}
         everyone = peers._gather(facts)
         for name in facts:
             values = [said[name] for said in everyone]
@@ -133,4 +133,4 @@ class PeerReducer:
         try:
             self._peers._gather("closed", min(self._peers.timeout_s, 10.0))
         except RuntimeError:
-            _left.append(handle)           # a peer may still write to it
+            left_mapped.append(handle)           # a peer may still write to it

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lina.parallel.c10d import C10d
 from lina.parallel.mesh import groups
-from lina.parallel.nccl import NCCL
 from lina.parallel.settings import chosen
-from lina.parallel.transport import Transport
+from lina.parallel.transport.base import Transport
+from lina.parallel.transport.c10d import C10d
+from lina.parallel.transport.nccl import NCCL
 
 makers: dict[str, Callable[[dist.ProcessGroup], Transport]] = {"c10d": C10d, "nccl": NCCL}
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()         # mesh -> its transports by name

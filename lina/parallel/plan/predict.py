@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lina import _C
-from lina.parallel.cost import CostModel
-from lina.parallel.lines import DTYPES, ExpertPass, ExpertShape, Line
-from lina.parallel.queue import UNIT
+from lina.parallel.plan.cost import CostModel
+from lina.parallel.plan.lines import DTYPES, ExpertPass, ExpertShape, Line
+from lina.parallel.settings import UNIT
 
 MICRO_OP_S = 0.5e-3
 WORTH = 0.005          # what something less simple must save: below it predictions mean little

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import _C, tracing
-from lina.parallel.mesh import _timeout
-from lina.parallel.transport import Transport, failure
+from lina.parallel.mesh import timeout_of
+from lina.parallel.transport.base import Transport, failure
 
 # enum lina_dtype of csrc/dtype.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -45,7 +45,7 @@ def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
     dist.broadcast_object_list(box, group=group, group_src=0, device=device)
     if box[1] is not None:
         raise RuntimeError(box[1])
-    timeout = _timeout(group)
+    timeout = timeout_of(group)
     seconds = _DEFAULT_TIMEOUT_S if timeout is None else timeout.total_seconds()
     return _C.Communicator(box[0], rank, size, device.index, name, seconds, max_ctas)
 

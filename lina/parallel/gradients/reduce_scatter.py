@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import _C, tracing
-from lina.parallel import nccl
-from lina.parallel.hook import HookState
-from lina.parallel.mesh import _timeout
-from lina.parallel.queue import UNIT, DeviceQueue
-from lina.parallel.transport import gate
+from lina.parallel.gradients.hook import HookState
+from lina.parallel.gradients.queue import DeviceQueue
+from lina.parallel.mesh import timeout_of
+from lina.parallel.settings import UNIT
+from lina.parallel.transport import nccl
+from lina.parallel.transport.base import gate
 
 
 class ReduceScatter:
@@ -174,7 +175,7 @@ class _Host:
                 self._policy.finished()
 
     def _next(self) -> tuple[int, int, int, bool]:
-        limit = _timeout(self._group)
+        limit = timeout_of(self._group)
         seconds = None if limit is None else limit.total_seconds()
         with self._changed:
             while (op := self._policy.next()) is None:

@@ -27,15 +27,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lina import ops
-from lina.parallel import p2p
-from lina.parallel.carriers import transport
-from lina.parallel.dispatch import collect, dispatch, eagerly, pack, unpack
-from lina.parallel.layout import Layout, found_in
 from lina.parallel.mesh import groups, local_count
-from lina.parallel.observe import saw_layer
-from lina.parallel.passes import Job, ahead, plan, run
-from lina.parallel.peers import peers_of
+from lina.parallel.plan.observe import saw_layer
 from lina.parallel.settings import chosen, settings
+from lina.parallel.tokens import p2p
+from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
+from lina.parallel.tokens.layout import Layout, found_in
+from lina.parallel.tokens.passes import Job, ahead, plan, run
+from lina.parallel.transport.carriers import transport
+from lina.parallel.transport.peers import peers_of
 
 
 def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down: Tensor, *, experts: int,

@@ -1,0 +1,1 @@
+"""Gradients summed over ranks in micro-ops that give way to tokens: queues, hooks, experts' replicas."""

@@ -1,0 +1,1 @@
+"""What carries bytes between ranks: c10d, communicators of lina's own over NCCL, peers' mapped memory."""
