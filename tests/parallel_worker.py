@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from contextlib import nullcontext
 
@@ -186,6 +187,30 @@ def unused(device, ep: str, static: str, schedule: str = "plain") -> None:
         for name, param in net.module.moe2.named_parameters():
             assert param.grad is None, f"moe2.{name} was used by no rank, yet has a gradient"
         assert net.module.moe1.experts.w_up.grad is not None
+
+
+def wrappers(device, ep: str) -> None:
+    """Gradients are right after a second wrapper has come and gone, also of experts unfrozen after the
+    wrapping; once the last wrapper has gone they are the model's own."""
+    mesh, rank = parallel.mesh(int(ep)), dist.get_rank()
+    ref = whole_net("softmax", device)
+    like = next(ref.parameters())
+    net = spread_net(ref, "softmax", mesh)
+    net.moe1.experts.requires_grad_(False)
+    first, second = parallel.ddp(net, mesh), parallel.ddp(net, mesh)
+    del second
+    gc.collect()
+    net.moe1.experts.requires_grad_(True)
+    loss_of(first, *batch(rank, 0, like)).backward()
+    mean_loss(ref, 0).backward()
+    assert_same(first, ref, mesh, "wrapped")
+    if int(ep) == dist.get_world_size():               # no replica to be averaged with
+        scaled = net.moe2.experts.w_up.grad
+        net.zero_grad(set_to_none=True)
+        del first
+        gc.collect()
+        loss_of(net, *batch(rank, 0, like)).backward()
+        assert_within_rounding(net.moe2.experts.w_up.grad, int(ep) * scaled, terms(), name="unwrapped")
 
 
 def norms(device, ep: str) -> None:

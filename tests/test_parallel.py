@@ -17,7 +17,8 @@ def training(eps: tuple[int, ...]) -> list[str]:
 
     return [*(f"parity:{ep}:{gate}" for gate in GATES for ep in eps),
             *(f"accumulation:{ep}" for ep in eps), *(f"unused:{ep}:find" for ep in eps),
-            f"unused:{eps[1]}:static", *(f"norms:{ep}" for ep in eps), "low_precision"]
+            f"unused:{eps[1]}:static", *(f"norms:{ep}" for ep in eps), "low_precision",
+            *(f"wrappers:{ep}" for ep in eps if ep > 1)]
 
 
 def exchange() -> list[str]:

@@ -11,7 +11,6 @@ gets what it lacks from its own such group, every expert once, and nothing is av
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lina.parallel.experts import ExpertParameter
-from lina.parallel.gradients.reduce import ExpertReducer, _reducers, _scale, _scaled
+from lina.parallel.gradients.reduce import living
 from lina.parallel.mesh import groups, mesh, timeout_of
 from lina.parallel.settings import settings
 from lina.parallel.slots import Layer, Slot, check_gradients, layers, move, per_row, ranks, share, slots
-
-_following: weakref.WeakKeyDictionary[ExpertReducer, weakref.finalize] = weakref.WeakKeyDictionary()
 
 Move = tuple[list[nn.Parameter], list[ExpertParameter]]     # of one kind: here before, here now
 
@@ -192,47 +189,15 @@ def _exchange_params(here: list[Slot], new: DeviceMesh, optimizers: list[Optimiz
 
 def _tell_wrappers(moves: list[Move]) -> None:
     """Experts now here are scaled and averaged as those before were, over their own groups."""
-    reducers = [reducer for reducer in _reducers if not reducer.released]
-    averaged = set().union(*map(_held, reducers))
     for gone, come in moves:
         mark = vars(gone[0]).get("_ddp_ignored")
         for p in gone:
             vars(p).pop("_ddp_ignored", None)
-            if p in _scaled:
-                _scaled.pop(p).remove()
-        for expert in come:
-            if id(gone[0]) in averaged and expert.param.requires_grad and expert.groups.ep.size() > 1:
-                _scale(expert.param, 1 / expert.groups.ep.size())
-            if mark is not None:
-                vars(expert.param)["_ddp_ignored"] = mark
-    left = {id(p) for gone, _ in moves for p in gone}
-    for reducer in reducers:
-        followed = [(gone, come) for gone, come in moves if id(gone[0]) in _held(reducer)]
-        if not followed:
-            continue
-        kept = {group: [p for p in params if id(p) not in left]
-                for group, params in reducer.by_replicas.items()}
-        for _, come in followed:
+        if mark is not None:
             for expert in come:
-                kept.setdefault(expert.groups.replicas, []).append(expert.param)
-        reducer.by_replicas = {group: params for group, params in kept.items() if params}
-        reducer._used.clear()
-        if reducer in _following:
-            _following[reducer].detach()
-        _following[reducer] = weakref.finalize(reducer, _unscale, [
-            weakref.ref(expert.param) for _, come in followed for expert in come])
-
-
-def _held(reducer: ExpertReducer) -> set[int]:
-    return {id(p) for params in reducer.by_replicas.values() for p in params}
-
-
-def _unscale(params: list[Any]) -> None:
-    """A wrapper is gone: its experts' gradients are their own, unless there is another one."""
-    held = set().union(*map(_held, list(_reducers)))
-    for p in (ref() for ref in params):
-        if p is not None and id(p) not in held and p in _scaled:
-            _scaled.pop(p).remove()
+                vars(expert.param)["_ddp_ignored"] = mark
+    for reducer in living():
+        reducer.follow(moves)
 
 
 def _sibling(found: list[tuple[str, Layer]], ep: int) -> DeviceMesh:

@@ -30,9 +30,23 @@ from lina.parallel.gradients.queue import Queue
 
 _SMALL = 1 << 20     # gradients of fewer bytes travel together, larger ones in place
 
-# One scaling hook a parameter, however often its model is wrapped.
-_scaled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _reducers: weakref.WeakSet[ExpertReducer] = weakref.WeakSet()
+
+
+class _Scaling:
+    """The hook by which an expert's gradient is divided by ep: one a parameter, however often its model
+    is wrapped, and in force while one of those wrappers lives."""
+
+    def __init__(self, param: torch.nn.Parameter) -> None:
+        self.factor = 1.0
+        self.owners: weakref.WeakSet[ExpertReducer] = weakref.WeakSet()
+        self.handle = param.register_hook(self)
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad * self.factor if self.owners else grad
+
+
+_scalings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class ExpertReducer:
@@ -44,9 +58,8 @@ class ExpertReducer:
     """
 
     def __init__(self, experts: list[ExpertParameter], *, may_be_unused: bool, static: bool) -> None:
+        self.experts: list[ExpertParameter] = []
         self.by_replicas: dict[dist.ProcessGroup, list[torch.nn.Parameter]] = {}
-        for expert in experts:
-            self.by_replicas.setdefault(expert.groups.replicas, []).append(expert.param)
         self.may_be_unused, self.static = may_be_unused, static
         self._used: dict[dist.ProcessGroup, list[bool]] = {}
         self._backward = -1
@@ -54,12 +67,36 @@ class ExpertReducer:
         # What carries gradients on a device: micro-ops that let all-to-alls pass; None: at once.
         self.queue: Callable[[torch.device], Queue] | None = None
         _reducers.add(self)
+        self._hold(experts)
+
+    def _hold(self, experts: list[ExpertParameter]) -> None:
+        self.experts, self.by_replicas = experts, {}
+        self._used.clear()
         for expert in experts:
-            if expert.param.requires_grad:
-                _scale(expert.param, 1 / expert.groups.ep.size())
-        params = [e.param for e in experts]
-        weakref.finalize(self, _unscale, [weakref.ref(p) for p in params],
-                         [_scaled.get(p) for p in params])
+            self.by_replicas.setdefault(expert.groups.replicas, []).append(expert.param)
+        self._scale()
+
+    def _scale(self) -> None:
+        self._frozen = [expert.param for expert in self.experts if not expert.param.requires_grad]
+        for _, param, groups in self.experts:
+            if param.requires_grad:
+                if param not in _scalings:
+                    _scalings[param] = _Scaling(param)
+                _scalings[param].factor = 1 / groups.ep.size()
+                _scalings[param].owners.add(self)
+
+    def follow(self, moves: list[tuple[list[torch.nn.Parameter], list[ExpertParameter]]]) -> None:
+        """Experts have moved: of each pair those that are gone, and those that came in their place."""
+        held = {id(expert.param) for expert in self.experts}
+        followed = [(gone, come) for gone, come in moves if id(gone[0]) in held]
+        if not followed:
+            return
+        left = {id(p): p for gone, _ in followed for p in gone}
+        for param in left.values():
+            if param in _scalings:
+                _scalings[param].owners.discard(self)
+        self._hold([expert for expert in self.experts if id(expert.param) not in left]
+                   + [expert for _, come in followed for expert in come])
 
     @torch.no_grad()
     def broadcast(self) -> None:
@@ -77,6 +114,9 @@ class ExpertReducer:
         Never from the experts' own hooks: a layer that one replica does not use would
         leave the others waiting.
         """
+        if any(p.requires_grad for p in self._frozen):      # unfrozen since
+            self._used.clear()
+            self._scale()
         tensors = list(_tensors(output))
         if not tensors and any(group.size() > 1 for group in self.by_replicas):
             raise RuntimeError(f"ddp: the model returned a {type(output).__name__}, in which no tensor is "
@@ -156,26 +196,17 @@ def _wait(work: Any, group: dist.ProcessGroup) -> None:
                            f"{dist.get_rank()}; another rank has stopped, or hangs: {error}") from error
 
 
-def _scale(param: torch.nn.Parameter, factor: float) -> None:
-    if param in _scaled:
-        _scaled[param].remove()
-    _scaled[param] = param.register_hook(lambda grad: grad * factor)
-
-
-def _unscale(params: list[Any], handles: list[Any]) -> None:
-    """Undo ``_scale``, unless another wrapper has taken over since."""
-    for ref, handle in zip(params, handles, strict=True):
-        param = ref()
-        if param is not None and handle is not None and _scaled.get(param) is handle:
-            _scaled.pop(param).remove()
+def living() -> list[ExpertReducer]:
+    """Of all wrappers, and not released."""
+    return [reducer for reducer in _reducers if not reducer.released]
 
 
 def release(params: Iterable[torch.nn.Parameter]) -> None:
     """Forget parameters that are spread no longer: their gradients are ordinary ones from now on."""
     params = list(params)
     for param in params:
-        if param in _scaled:
-            _scaled.pop(param).remove()
+        if param in _scalings:
+            _scalings.pop(param).handle.remove()
         vars(param).pop("_ddp_ignored", None)       # torch's mark, set when their model was wrapped
     gone = {id(p) for p in params}
     for reducer in list(_reducers):
