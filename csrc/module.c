@@ -5,16 +5,6 @@
 #include "error.h"
 #include "register.h"
 
-PyObject *lina_raise(int code) {
-  PyErr_SetString(code == LINA_EINVAL ? PyExc_ValueError : PyExc_RuntimeError, lina_error_text());
-  return NULL;
-}
-
-PyObject *lina_none_or_raise(int code) {
-  if (code != LINA_OK) return lina_raise(code);
-  Py_RETURN_NONE;
-}
-
 static int exec(PyObject *module) {
   if (lina_register() != LINA_OK) {
     PyErr_SetString(PyExc_ImportError, lina_error_text());

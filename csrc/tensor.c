@@ -196,6 +196,19 @@ int lina_make_contiguous(lina_tensor *t) {
   return LINA_OK;
 }
 
+void lina_gradient_strides(const lina_tensor *w, int64_t stride[3]) {
+  /* Inner axis, the other one, experts: dense if each steps over the last. */
+  int inner = w->stride[2] == 1 ? 2 : 1, outer = 3 - inner;
+  if (w->stride[inner] == 1 && w->stride[outer] == w->size[inner] &&
+      w->stride[0] == w->size[1] * w->size[2]) {
+    for (int i = 0; i < 3; i++) stride[i] = w->stride[i];
+    return;
+  }
+  stride[0] = w->size[1] * w->size[2];
+  stride[1] = w->size[2];
+  stride[2] = 1;
+}
+
 int lina_restride(lina_tensor *t, int dim, const int64_t *size, const int64_t *stride) {
   void *handle = NULL;
   TORCH(aoti_torch__reinterpret_tensor(t->handle, dim, size, stride, 0, &handle));

@@ -85,6 +85,9 @@ int lina_empty_strided(lina_tensor *t, int dtype, const lina_tensor *like, int d
                        const int64_t *size, const int64_t *stride);
 /* Replaces `t` by a contiguous copy unless it is contiguous already. */
 int lina_make_contiguous(lina_tensor *t);
+/* Strides (in elements) that a gradient of `w`, of three dimensions, gets: w's own where w is dense
+ * and does not overlap itself, else contiguous ones. */
+void lina_gradient_strides(const lina_tensor *w, int64_t stride[3]);
 /* Gives the whole of `t` other sizes and strides over the same storage, e.g. a
  * transpose. */
 int lina_restride(lina_tensor *t, int dim, const int64_t *size, const int64_t *stride);

@@ -84,9 +84,10 @@ def _fail(command: str, error: object, status: int) -> int:
 
 def _train(**given: object) -> int:
     from lina.train import launch, options
+    from lina.train.resolve import resolve
 
     try:
-        resolved = options.resolve(given)
+        resolved = resolve(given)
     except options.OptionError as error:
         return _fail("train", error, BAD_OPTION)
     try:

@@ -48,7 +48,7 @@ def _extension() -> Any:
 
 
 def _cpu() -> dict[str, Any]:
-    from lina.train.report import cpu_name
+    from lina.parallel import machine_facts
 
     flags: set[str] = set()
     try:
@@ -61,7 +61,7 @@ def _cpu() -> dict[str, Any]:
         pass
     level = next((name for name, needs in LEVELS.items() if needs <= flags), "plain " + platform.machine())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": cpu_name(), "cores": os.cpu_count(), "usable_cores": usable,
+    return {"name": machine_facts()["cpu"], "cores": os.cpu_count(), "usable_cores": usable,
             "threads": torch.get_num_threads(), "features": [f for f in SHOWN if f in flags], "level": level}
 
 

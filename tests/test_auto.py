@@ -22,6 +22,7 @@ from lina.parallel.plan.decide import State, decide
 from lina.parallel.plan.predict import best_degree, calibrate, copies
 from lina.train import launch as train
 from lina.train import options
+from lina.train.resolve import resolve
 
 from ranks import launch, results
 
@@ -190,7 +191,7 @@ def _text(folder):
 @pytest.mark.multi
 def test_train_says_what_was_planned(tmp_path, profile):
     out = tmp_path / "out"
-    train.launch(options.resolve(dict(TINY, data=_text(tmp_path), out=str(out), schedule="auto")))
+    train.launch(resolve(dict(TINY, data=_text(tmp_path), out=str(out), schedule="auto")))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schedule"] == "auto"
     assert summary["plan"][0] == "schedule plain, 1/1 passes over c10d, ep 2"
@@ -205,8 +206,8 @@ def test_train_refuses_before_it_starts(tmp_path, monkeypatch, profile):
                          (dict(degree="a,1"), "--degree: a,1, two"),
                          (dict(schedule="auto", ranks=4), "--schedule: auto, .*ranks there 2, here 4")):
         with pytest.raises(options.OptionError, match=said):
-            options.resolve({**given, **change})
-    assert options.passes(options.resolve({**given, "degree": "2,3", "schedule": "lina"})) == (2, 3)
+            resolve({**given, **change})
+    assert options.passes(resolve({**given, "degree": "2,3", "schedule": "lina"})) == (2, 3)
     monkeypatch.setenv("LINA_PROFILE", str(tmp_path / "none.json"))
     with pytest.raises(options.OptionError, match=r"--schedule: auto, .*no such file; run `lina profile`"):
-        options.resolve({**given, "schedule": "auto"})
+        resolve({**given, "schedule": "auto"})

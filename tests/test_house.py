@@ -131,7 +131,7 @@ PY_TABLE = {
     "swap": {"ops", "nn", "parallel", "tracing"},
     "tracefile": set(),
     "tracing": {"tracefile"},
-    "train": {"", "tracing", "tracefile", "reference"},
+    "train": {"", "parallel", "tracing", "tracefile", "reference"},
     "doctor": {"", "_C", "parallel", "train"},
     "profile": {"", "_C", "parallel", "train"},
     "simulate": {"_C"},

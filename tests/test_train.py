@@ -16,6 +16,7 @@ import torch.distributed as dist
 import lina
 from lina import tracefile
 from lina.train import checkpoint, data, launch, model, options, trainer
+from lina.train.resolve import resolve
 
 # Smallest that has everything: a dense and an MoE block, two experts a rank, several windows.
 TINY = dict(dim=16, layers=2, heads=2, ffn_dim=16, experts=4, seq=32, batch=4, steps=6, save_every=3,
@@ -35,7 +36,7 @@ def run(tmp_path_factory, text):
     """Three of six steps on two ranks, as the command line would ask for them."""
     folder = tmp_path_factory.mktemp("run")
     given = dict(TINY, data=text, stop=3, out=str(folder / "out"), json=str(folder / "result.json"))
-    launch.launch(options.resolve(given))
+    launch.launch(resolve(given))
     return folder
 
 
@@ -78,8 +79,8 @@ def test_resume_is_bit_for_bit(run, text, tmp_path):
     shutil.copytree(run / "out", tmp_path / "out")
     given = dict(quiet=True, sample=8, data=text, resume=str(tmp_path / "out" / "checkpoint"),
                  out=str(tmp_path / "out"))
-    launch.launch(options.resolve(given))
-    launch.launch(options.resolve(dict(TINY, data=text, out=str(tmp_path / "whole"))))
+    launch.launch(resolve(given))
+    launch.launch(resolve(dict(TINY, data=text, out=str(tmp_path / "whole"))))
     (resumed, a), (whole, b) = (_weights(tmp_path / name / "checkpoint") for name in ("out", "whole"))
     assert resumed["step"] == whole["step"] == 6
     for rank in range(2):
@@ -101,7 +102,7 @@ def test_resume_is_bit_for_bit(run, text, tmp_path):
 def test_run_on_a_gpu(text, tmp_path, precision):
     given = dict(TINY, ranks=1, device="cuda", precision=precision, data=text, out=str(tmp_path / "out"),
                  json=str(tmp_path / "result.json"))
-    launch.launch(options.resolve(given))
+    launch.launch(resolve(given))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["device"].startswith("cuda") and result["precision"] == precision
     assert 0 < result["held_out_bits_per_byte"] < 16
@@ -118,14 +119,14 @@ def test_other_layout_or_text_is_refused(run, text, tmp_path):
                           (dict(dim=32), r"--dim: 32, but the checkpoint .* written with 16"),
                           (dict(stop=3), r"--stop: 3, but .* has done 3 already")):
         with pytest.raises(options.OptionError, match=match):
-            options.resolve({**saved, **change})
+            resolve({**saved, **change})
     longer = tmp_path / "text.txt"
     longer.write_text("other text " * 1000)
     shutil.copytree(run / "out" / "checkpoint", tmp_path / "checkpoint")
     manifest = tmp_path / "checkpoint" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(text, str(longer)))
     with pytest.raises(options.OptionError, match="was trained on another text than"):
-        options.resolve(dict(resume=str(tmp_path / "checkpoint"), out=str(tmp_path)))
+        resolve(dict(resume=str(tmp_path / "checkpoint"), out=str(tmp_path)))
 
 
 @pytest.fixture

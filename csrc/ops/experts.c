@@ -18,19 +18,6 @@ enum {
 
 static bool has_unit_stride(const lina_tensor *w) { return w->stride[1] == 1 || w->stride[2] == 1; }
 
-void lina_gradient_strides(const lina_tensor *w, int64_t stride[3]) {
-  /* Inner axis, the other one, experts: dense if each steps over the last. */
-  int inner = w->stride[2] == 1 ? 2 : 1, outer = 3 - inner;
-  if (w->stride[inner] == 1 && w->stride[outer] == w->size[inner] &&
-      w->stride[0] == w->size[1] * w->size[2]) {
-    for (int i = 0; i < 3; i++) stride[i] = w->stride[i];
-    return;
-  }
-  stride[0] = w->size[1] * w->size[2];
-  stride[1] = w->size[2];
-  stride[2] = 1;
-}
-
 static int check_vector(const char *op, const char *name, const lina_tensor *t,
                         const lina_tensor *like, int dim, int dtype) {
   int rc = lina_check(op, name, t, dim, 1u << dtype);

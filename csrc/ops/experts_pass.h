@@ -39,8 +39,4 @@ int lina_experts_bwd_cpu(lina_experts_bwd *p);
 int lina_experts_fwd_cuda(lina_experts_fwd *p, void *stream);
 int lina_experts_bwd_cuda(lina_experts_bwd *p, void *stream);
 
-/* Strides (in elements) that a gradient of `w` gets: w's own where w is dense
- * and does not overlap itself, else contiguous ones. */
-void lina_gradient_strides(const lina_tensor *w, int64_t stride[3]);
-
 #endif

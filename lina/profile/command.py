@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 import lina
@@ -19,7 +18,7 @@ from lina.parallel import DTYPES, CostModel, ExpertShape, default_path
 from lina.profile import compute, links
 from lina.profile.run import profile
 from lina.train import launch
-from lina.train.options import OptionError
+from lina.train.options import OptionError, fill_ranks, torchrun
 
 LEAST_S = 1.0           # that is left for measuring however long the ranks took to start
 
@@ -74,7 +73,7 @@ def run(given: dict[str, Any]) -> None:
     started = time.time()
     o = Options(**given)
     shape = _resolve(o)
-    if launch.torchrun():
+    if torchrun():
         _rank(o, shape, *launch.local_place(o.ranks or 1), None, started)
         return
     try:
@@ -88,24 +87,10 @@ def run(given: dict[str, Any]) -> None:
 
 
 def _resolve(o: Options) -> ExpertShape:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    o.device = o.device or ("cuda" if gpus else "cpu")
-    if o.device == "cuda" and not gpus:
-        raise OptionError("--device: cuda, but torch finds no GPU here (see `lina doctor`)")
-    if launch.torchrun():
-        world = int(os.environ["WORLD_SIZE"])
-        if o.ranks not in (None, world):
-            raise OptionError(f"--ranks: {o.ranks}, but torchrun started {world}")
-        o.ranks = world
-    elif o.ranks is None:
-        o.ranks = gpus if o.device == "cuda" else 2
-    if o.ranks < 1:
-        raise OptionError(f"--ranks: {o.ranks}, at least 1")
-    if o.device == "cuda" and not launch.torchrun() and o.ranks > gpus:
-        raise OptionError(f"--ranks: {o.ranks}, at most one for each of the {gpus} GPUs")
-    o.ep = o.ranks if o.ep is None else o.ep
-    if o.ep < 1 or o.ranks % o.ep:
-        raise OptionError(f"--ep: {o.ep}, must divide --ranks = {o.ranks}")
+    ranks = fill_ranks(o, o.ranks)
+    o.ep = ranks if o.ep is None else o.ep
+    if o.ep < 1 or ranks % o.ep:
+        raise OptionError(f"--ep: {o.ep}, must divide --ranks = {ranks}")
     if not LEAST_S <= o.budget < float("inf"):
         raise OptionError(f"--budget: {o.budget}, at least {LEAST_S:g} and finite")
     known = {transport for _, transport in links.registered()}

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from . import checkpoint, folders
-from .options import OptionError, Options
+from .options import OptionError, Options, torchrun
 
 TIMEOUT_S = 300
 CONNECT_S = 10          # to the launcher's store, which is there before the ranks
@@ -45,11 +45,6 @@ class Interrupted(KeyboardInterrupt):
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def torchrun() -> bool:
-    """Whether this process is a rank that torchrun, or something like it, started."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def launch(o: Options) -> None:

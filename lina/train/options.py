@@ -1,4 +1,4 @@
-"""What `lina train` can be told, and every check that is possible before a process starts."""
+"""What `lina train` can be told, and what the machine says where it is told nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import shlex
-from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("float32", "bf16", "fp16")
@@ -112,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(o: Options) -> str:
     """The command line that gives `o`'s result on this machine, from the options that shape it."""
     plain = Options(dense=o.dense)
-    _machine(plain, plain)
+    fill(plain, plain)
     words = ["lina", "train", *["--dense"] * o.dense]
     for name in (*KEPT, "stop"):
         value = getattr(o, name)
@@ -121,70 +120,45 @@ def command(o: Options) -> str:
     return " ".join(words)
 
 
-def resolve(given: dict[str, Any]) -> Options:
-    """The run that `given` asks for: checked, with every None that matters filled in.
-
-    Reads the machine (GPUs, torchrun's variables), the data folder and the
-    checkpoint, and starts nothing. Raises OptionError.
-    """
-    from . import checkpoint, data
-
-    found: dict[str, Any] = {}
-    if given.get("resume") is not None:
-        try:
-            found = checkpoint.manifest(given["resume"])
-        except (OSError, ValueError) as error:
-            raise OptionError(f"--resume: {error}") from error
-    saved = found.get("options", {})
-    options = Options(**{**{k: saved[k] for k in KEPT if k in saved}, **given})
-    explicit = Options(**given)
-    _machine(options, explicit)
-    for name in FIXED:
-        value = getattr(options, name)
-        if name in saved and value != saved[name]:
-            raise OptionError(f"{flag(name)}: {value}, but the checkpoint in {given['resume']} was written "
-                              f"with {saved[name]}; it resumes on the same layout only")
-    _check(options)
-    options.save_every = options.save_every or max(1, math.ceil(options.steps / 4))
-    options.checkpoint = options.checkpoint or os.path.join(options.out, "checkpoint")
-    digest = data.load(options).digest
-    if found and found["text_digest"] != digest:
-        raise OptionError(f"--resume: {options.resume} was trained on another text than "
-                          f"{options.data or 'this Python standard library'}; pass the same --data")
-    last = options.stop or options.steps
-    if found and found["step"] >= last:
-        raise OptionError(f"{'--stop' if options.stop else '--steps'}: {last}, but the checkpoint in "
-                          f"{options.resume} has done {found['step']} already")
-    return options
+def torchrun() -> bool:
+    """Whether this process is a rank that torchrun, or something like it, started."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def _machine(o: Options, given: Options) -> None:
-    """Device, ranks, precision and ep, from the machine where not given."""
+def fill_ranks(o: Any, asked: int | None) -> int:
+    """``o.device`` and ``o.ranks``, checked, from the machine (GPUs, torchrun's variables) where they are
+    None; ``asked``: the ranks that the command line names. Returns the ranks; raises OptionError."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     o.device = o.device or ("cuda" if gpus else "cpu")
     if o.device == "cuda" and not gpus:
         raise OptionError("--device: cuda, but torch finds no GPU here (see `lina doctor`)")
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+    if torchrun():
         world = int(os.environ["WORLD_SIZE"])
-        if given.ranks not in (None, world):
-            raise OptionError(f"--ranks: {given.ranks}, but torchrun started {world}")
+        if asked not in (None, world):
+            raise OptionError(f"--ranks: {asked}, but torchrun started {world}")
         o.ranks = world
     elif o.ranks is None:
         o.ranks = gpus if o.device == "cuda" else 2
-    _least(o, "ranks", 1)
-    if o.device == "cuda" and "RANK" not in os.environ and o.ranks > gpus:
+    at_least(o, "ranks", 1)
+    if o.device == "cuda" and not torchrun() and o.ranks > gpus:
         raise OptionError(f"--ranks: {o.ranks}, at most one for each of the {gpus} GPUs")
+    return o.ranks
+
+
+def fill(o: Options, asked: Options) -> None:
+    """Device, ranks, precision and ep, from the machine where not given."""
+    ranks = fill_ranks(o, asked.ranks)
     o.precision = o.precision or ("bf16" if o.device == "cuda" else "float32")
-    _least(o, "experts", 1)
+    at_least(o, "experts", 1)
     if o.dense:
         o.ep = 1
     elif o.ep is None:
-        o.ep = math.gcd(o.ranks, o.experts)
+        o.ep = math.gcd(ranks, o.experts)
 
 
-def _least(o: Options, name: str, limit: float) -> None:
+def at_least(o: Any, name: str, limit: float) -> None:
     if not getattr(o, name) >= limit:                # NaN fails too
         raise OptionError(f"{flag(name)}: {getattr(o, name)}, at least {limit}")
 
@@ -197,53 +171,3 @@ def passes(o: Options) -> tuple[int, int] | None:
     if not all(n.isdecimal() and 1 <= int(n) <= 8 for n in (forward, backward)):
         raise OptionError(f"--degree: {o.degree}, two numbers from 1 to 8, as in 3,3")
     return int(forward), int(backward)
-
-
-def _check_schedule(o: Options) -> None:
-    passes(o)
-    if o.transport != "c10d" and o.device != "cuda":
-        raise OptionError(f"--transport: {o.transport}, needs --device cuda")
-    if o.schedule == "auto" and os.environ.get("RANK", "0") == "0":
-        import lina
-
-        try:
-            lina.parallel.CostModel.load(device=o.device, world=o.ranks)
-        except (OSError, ValueError) as error:
-            raise OptionError(f"--schedule: auto, {error}") from error
-
-
-def _check(o: Options) -> None:
-    ranks, ep = o.ranks or 1, o.ep or 1
-    for name, limit in (("dim", 2), ("heads", 1), ("layers", 1 if o.dense else 2), ("top_k", 1),
-                        ("ffn_dim", 1), ("seq", 8), ("batch", 1), ("steps", 1), ("ep", 1), ("seed", 0),
-                        ("heldout_kib", 1), ("sample", 0), ("balance_coef", 0)):
-        _least(o, name, limit)
-    for name in ("lr", "clip"):
-        if not 0 < getattr(o, name) < math.inf:
-            raise OptionError(f"{flag(name)}: {getattr(o, name)}, above 0 and finite")
-    for name, limit in (("experts", 1024), ("top_k", min(32, o.experts)), ("seed", 2**31 - 1)):
-        if getattr(o, name) > limit:
-            raise OptionError(f"{flag(name)}: {getattr(o, name)}, at most {limit}"
-                              + (f" (--experts {o.experts})" if name == "top_k" else ""))
-    for name, value, by, divisor in (
-            ("dim", o.dim, "2 x --heads", 2 * o.heads), ("ranks", ranks, "--ep", ep),
-            ("experts", o.experts, "--ep", ep), ("batch", o.batch, "--ranks", ranks)):
-        if value % divisor:
-            raise OptionError(f"{flag(name)}: {value}, a multiple of {by} = {divisor}")
-    if o.precision == "fp16" and o.device == "cpu":
-        raise OptionError("--precision: fp16, needs --device cuda (bf16 and float32 run on the CPU)")
-    _check_schedule(o)
-    for name in ("stop", "save_every"):
-        value = getattr(o, name)
-        if value is not None and not 1 <= value <= o.steps:
-            raise OptionError(f"{flag(name)}: {value}, from 1 to --steps = {o.steps}")
-    for name in ("out", "checkpoint"):
-        path = getattr(o, name)
-        if path is not None and Path(path).exists() and not Path(path).is_dir():
-            raise OptionError(f"{flag(name)}: {path}, exists and is not a folder")
-    if o.json is not None:
-        if Path(o.json).is_dir():
-            raise OptionError(f"--json: {o.json}, is a folder")
-        folder = Path(o.json).absolute().parent
-        if not folder.is_dir() and os.path.realpath(folder) != os.path.realpath(o.out):    # --out is made
-            raise OptionError(f"--json: {o.json}, its folder does not exist")

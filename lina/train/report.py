@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lina.parallel import machine_facts
+
 from .options import Options, command
 
 # The fields that make a dense run the baseline of a run with experts.
@@ -22,18 +24,7 @@ def device_name(device: torch.device) -> str:
     """E.g. "cpu (AMD EPYC, threads a rank: 1)" or "cuda (NVIDIA H200)"."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({cpu_name()}, threads a rank: {torch.get_num_threads()})"
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return f"cpu ({machine_facts()['cpu']}, threads a rank: {torch.get_num_threads()})"
 
 
 def as_baseline(summary: dict[str, Any], o: Options) -> dict[str, Any]:
