@@ -104,9 +104,9 @@ $(FUZZ)/simulate: tests/fuzz_simulate.c csrc/error.h $(wildcard csrc/plan/*.h) $
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) -o $@ $< $(PLAN) -lm
 
-# csrc/comm over a fake CUDA and a fake NCCL: no GPU and no header of CUDA's is needed. peers needs kernels.
+# csrc/comm over a fake CUDA, a fake NCCL and fakes of its kernels: no GPU and no header of CUDA's is needed.
 ROUNDS ?= 200
-COMM := $(filter-out csrc/comm/peers%,$(wildcard csrc/comm/*.c)) csrc/nccl_abi.c csrc/plan/policy.c csrc/plan/link.c csrc/error.c
+COMM := $(wildcard csrc/comm/*.c) csrc/nccl_abi.c csrc/plan/policy.c csrc/plan/link.c csrc/error.c
 COMM_FLAGS := $(filter-out -DLINA_CUDA=% -fsanitize=% -fno-sanitize-%,$(SANITIZE)) -DLINA_CUDA=1 -isystem tests/fake_cuda
 flags_thread := -fsanitize=thread
 flags_address := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -120,7 +120,7 @@ $(FUZZ)/%/libnccl.so.2: $(FAKE_NCCL) $(wildcard tests/fake_*.h tests/fake_cuda/*
 
 # thread, address, or plain: no sanitizer.
 .PRECIOUS: $(FUZZ)/%/libnccl.so.2
-$(FUZZ)/%/comm: $(FUZZ)/%/libnccl.so.2 $(wildcard tests/fuzz_comm*.[ch] csrc/comm/*.h csrc/plan/*.h) $(COMM)
+$(FUZZ)/%/comm: $(FUZZ)/%/libnccl.so.2 $(wildcard tests/fuzz_comm*.[ch] csrc/comm/*.h csrc/plan/*.h csrc/cuda/peers*.h) $(COMM)
 	$(CC) $(COMM_FLAGS) $(flags_$*) -o $@ $(wildcard tests/fuzz_comm*.c) $(COMM) $< -lm -ldl -lpthread
 
 sanitize-cpu: $(FUZZ)/fuzz $(FUZZ)/plan $(FUZZ)/simulate $(FUZZ)/thread/comm $(FUZZ)/address/comm

@@ -12,10 +12,12 @@
 typedef struct {
   PyObject_HEAD lina_comm *comm;
   int size;
+  int users;                 /* calls that released the GIL: `comm` stays until none is left */
+  bool closed;
   lina_policy policy;        /* micro-ops of reductions; size 0: none given */
 } communicator;
 
-/* ---- Communicator ---- */
+/* ---- Communicator: everything in it is read and changed with the GIL held ---- */
 
 static int init(PyObject *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"id", "rank", "size", "device", "name", "timeout_s", "max_ctas", NULL};
@@ -32,34 +34,49 @@ static int init(PyObject *self, PyObject *args, PyObject *kwargs) {
                  LINA_COMM_ID_BYTES);
     return -1;
   }
-  if (c->comm) {
+  if (c->comm || c->users || c->closed) {
     PyErr_SetString(PyExc_RuntimeError, "Communicator: made already");
     return -1;
   }
   strncpy(options.name, name, sizeof options.name - 1);
-  c->size = options.size;
+  lina_comm *made;
+  c->users = 1;              /* a second init is refused from here on */
   PyThreadState *python = PyEval_SaveThread();
-  int rc = lina_comm_create(&c->comm, &options, id);
+  int rc = lina_comm_create(&made, &options, id);
   PyEval_RestoreThread(python);
+  c->users = 0, c->size = options.size, c->comm = made;
   if (rc != LINA_OK) lina_raise(rc);
   return rc == LINA_OK ? 0 : -1;
 }
 
 static lina_comm *open_comm(PyObject *self) {
-  lina_comm *comm = ((communicator *)self)->comm;
-  if (!comm) PyErr_SetString(PyExc_RuntimeError, "Communicator: closed");
-  return comm;
+  communicator *c = (communicator *)self;
+  if (c->comm && !c->closed) return c->comm;
+  PyErr_SetString(PyExc_RuntimeError, "Communicator: closed");
+  return NULL;
+}
+
+/* Releases the GIL for a call with the communicator; leave() follows. */
+static PyThreadState *enter(communicator *c) {
+  c->users++;
+  return PyEval_SaveThread();
+}
+
+static void leave(communicator *c, PyThreadState *python) {
+  PyEval_RestoreThread(python);
+  if (--c->users > 0 || !c->closed) return;
+  lina_comm_free(c->comm);   /* closed: has nothing to wait for */
+  c->comm = NULL;
 }
 
 static PyObject *close_comm(PyObject *self, PyObject *unused) {
   communicator *c = (communicator *)self;
-  lina_comm *comm = c->comm;
   (void)unused;
-  c->comm = NULL;
-  PyThreadState *python = PyEval_SaveThread();
-  lina_comm_free(comm);
-  PyEval_RestoreThread(python);
-  lina_policy_free(&c->policy);
+  if (!c->comm || c->closed) Py_RETURN_NONE;
+  c->closed = true;
+  PyThreadState *python = enter(c);
+  lina_comm_close(c->comm);
+  leave(c, python);
   Py_RETURN_NONE;
 }
 
@@ -67,6 +84,7 @@ static void dealloc(PyObject *self) {
   PyTypeObject *type = Py_TYPE(self);
   PyObject *done = close_comm(self, NULL);
   Py_XDECREF(done);
+  lina_policy_free(&((communicator *)self)->policy);
   ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
   Py_DECREF(type);
 }
@@ -97,21 +115,24 @@ static PyObject *all_to_all(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "KOKOiK", &send, &send_bytes, &receive, &receive_bytes, &how,
                         &stream))
     return NULL;
-  lina_comm *comm = open_comm(self);
-  if (!comm) return NULL;
-  int size = ((communicator *)self)->size;
+  communicator *c = (communicator *)self;
+  if (!open_comm(self)) return NULL;
+  int size = c->size;
   int64_t *counts = malloc(sizeof *counts * 2 * (size_t)size);
   if (!counts) return PyErr_NoMemory();
-  if (byte_counts(send_bytes, size, "send_bytes", counts) < 0 ||
-      byte_counts(receive_bytes, size, "receive_bytes", counts + size) < 0) {
+  lina_comm *comm = NULL;
+  if (byte_counts(send_bytes, size, "send_bytes", counts) == 0 &&
+      byte_counts(receive_bytes, size, "receive_bytes", counts + size) == 0)
+    comm = open_comm(self); /* again: an item's __index__ may have closed it */
+  if (!comm) {
     free(counts);
     return NULL;
   }
   lina_all_to_all a = {(const void *)(uintptr_t)send, (void *)(uintptr_t)receive, counts,
                        counts + size};
-  PyThreadState *python = PyEval_SaveThread();
+  PyThreadState *python = enter(c);
   rc = lina_comm_all_to_all(comm, &a, how, (void *)(uintptr_t)stream);
-  PyEval_RestoreThread(python);
+  leave(c, python);
   free(counts);
   return lina_none_or_raise(rc);
 }
@@ -129,10 +150,11 @@ static PyObject *all_reduce(PyObject *self, PyObject *args) {
     PyErr_SetString(PyExc_RuntimeError, "all_reduce: no policy set, which cuts micro-ops");
     return NULL;
   }
-  lina_all_reduce a = {(void *)(uintptr_t)data, count, dtype, mean, gently ? &c->policy : NULL};
-  PyThreadState *python = PyEval_SaveThread();
+  const lina_policy policy = c->policy; /* a copy: another thread may set it meanwhile */
+  lina_all_reduce a = {(void *)(uintptr_t)data, count, dtype, mean, gently ? &policy : NULL};
+  PyThreadState *python = enter(c);
   rc = lina_comm_all_reduce(comm, &a, (void *)(uintptr_t)stream);
-  PyEval_RestoreThread(python);
+  leave(c, python);
   return lina_none_or_raise(rc);
 }
 
@@ -150,6 +172,7 @@ static PyObject *reduce_scatter(PyObject *self, PyObject *args) {
     PyErr_SetString(PyExc_RuntimeError, "reduce_scatter: no policy set, which cuts micro-ops");
     return NULL;
   }
+  const lina_policy policy = c->policy;
   lina_reduce_scatter a = {.parts = (const void *)(uintptr_t)parts,
                            .out = (void *)(uintptr_t)out,
                            .scratch = (void *)(uintptr_t)scratch,
@@ -157,10 +180,10 @@ static PyObject *reduce_scatter(PyObject *self, PyObject *args) {
                            .scratch_bytes = scratch_bytes,
                            .dtype = dtype,
                            .mean = mean,
-                           .policy = gently ? &c->policy : NULL};
-  PyThreadState *python = PyEval_SaveThread();
+                           .policy = gently ? &policy : NULL};
+  PyThreadState *python = enter(c);
   rc = lina_comm_reduce_scatter(comm, &a, (void *)(uintptr_t)stream);
-  PyEval_RestoreThread(python);
+  leave(c, python);
   return lina_none_or_raise(rc);
 }
 
@@ -200,7 +223,8 @@ static PyMethodDef methods[] = {
     {"set_policy", set_policy, METH_VARARGS,
      "set_policy(alpha_s, beta_s, micro_op_s, unit) -> bytes of a micro-op"},
     {"check", check, METH_NOARGS, "check(): raises RuntimeError once the communicator has failed"},
-    {"close", close_comm, METH_NOARGS, "close(): aborts what is in flight"},
+    {"close", close_comm, METH_NOARGS,
+     "close(): aborts what is in flight; calls that other threads are in raise RuntimeError"},
     {NULL, NULL, 0, NULL}};
 
 static PyType_Slot slots[] = {
@@ -220,7 +244,9 @@ static PyType_Spec spec = {"lina._C.Communicator", sizeof(communicator), 0, Py_T
 static PyObject *nccl_id(PyObject *module, PyObject *unused) {
   char id[LINA_COMM_ID_BYTES];
   (void)module, (void)unused;
+  PyThreadState *python = PyEval_SaveThread();
   int rc = lina_comm_id(id);
+  PyEval_RestoreThread(python);
   return rc == LINA_OK ? PyBytes_FromStringAndSize(id, sizeof id) : lina_raise(rc);
 }
 
@@ -230,8 +256,10 @@ static PyObject *set_priority(PyObject *module, PyObject *args) {
   (void)module;
   if (!PyArg_ParseTuple(args, "ipK", &device, &raised, &stream)) return NULL;
   void *on = (void *)(uintptr_t)stream;
-  return lina_none_or_raise(raised ? lina_priority_raise(device, on)
-                                   : lina_priority_lower(device, on));
+  PyThreadState *python = PyEval_SaveThread();
+  int rc = raised ? lina_priority_raise(device, on) : lina_priority_lower(device, on);
+  PyEval_RestoreThread(python);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *read_priority(PyObject *module, PyObject *args) {

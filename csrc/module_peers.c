@@ -1,6 +1,7 @@
 /* module_peers.c - what csrc/comm offers over peers' memory, for Python: functions on a
- * capsule, tensors as addresses. Only lina/parallel's p2p.py, peers.py and peer_reduce.py call
- * them, and answer for what the addresses point to. */
+ * capsule, tensors as addresses. Only lina/parallel's p2p.py, peers.py, domain.py and
+ * peer_reduce.py call them, and answer for what the addresses point to. What may wait for the driver runs without
+ * the GIL; the call's own reference keeps the capsule alive meanwhile. */
 #include "comm/peers.h"
 #include "comm/peers_reduce.h"
 #include "error.h"
@@ -14,8 +15,9 @@ static lina_peers *peers_of(PyObject *capsule) { return PyCapsule_GetPointer(cap
 static void release(PyObject *capsule) {
   if (!Py_IsInitialized()) return;
   lina_peers *p = peers_of(capsule);
-  Py_BEGIN_ALLOW_THREADS lina_peers_free(p);
-  Py_END_ALLOW_THREADS
+  PyThreadState *python = PyEval_SaveThread();
+  lina_peers_free(p);
+  PyEval_RestoreThread(python);
 }
 
 static PyObject *make(PyObject *self, PyObject *args) {
@@ -27,9 +29,10 @@ static PyObject *make(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "iiLLLdi", &rank, &ep, &out_bytes, &back_bytes, &tokens, &timeout_s,
                         &sms))
     return NULL;
-  Py_BEGIN_ALLOW_THREADS rc =
-      lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms);
-  Py_END_ALLOW_THREADS if (rc != LINA_OK) return lina_raise(rc);
+  PyThreadState *python = PyEval_SaveThread();
+  rc = lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms);
+  PyEval_RestoreThread(python);
+  if (rc != LINA_OK) return lina_raise(rc);
   PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
   if (!capsule) lina_peers_free(p);
   return capsule;
@@ -43,9 +46,10 @@ static PyObject *reduce_make(PyObject *self, PyObject *args) {
   (void)self;
   if (!PyArg_ParseTuple(args, "iiiLpd", &rank, &ep, &blocks, &tile_bytes, &scatter, &timeout_s))
     return NULL;
-  Py_BEGIN_ALLOW_THREADS rc =
-      lina_peers_reduce_make(&p, rank, ep, blocks, tile_bytes, scatter, timeout_s);
-  Py_END_ALLOW_THREADS if (rc != LINA_OK) return lina_raise(rc);
+  PyThreadState *python = PyEval_SaveThread();
+  rc = lina_peers_reduce_make(&p, rank, ep, blocks, tile_bytes, scatter, timeout_s);
+  PyEval_RestoreThread(python);
+  if (rc != LINA_OK) return lina_raise(rc);
   PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
   if (!capsule) lina_peers_free(p);
   return capsule;
@@ -69,11 +73,15 @@ static PyObject *open_all(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "Oiy#", &capsule, &ep, &handles, &length)) return NULL;
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
-  if (length != (Py_ssize_t)ep * LINA_PEERS_HANDLE) {
-    PyErr_Format(PyExc_ValueError, "p2p: %zd bytes of exports for %d ranks", length, ep);
+  if (ep != lina_peers_ranks(p) || length != (Py_ssize_t)ep * LINA_PEERS_HANDLE) {
+    PyErr_Format(PyExc_ValueError, "p2p: %zd bytes of exports of ep=%d ranks, must be %d of %d",
+                 length, ep, lina_peers_ranks(p) * LINA_PEERS_HANDLE, lina_peers_ranks(p));
     return NULL;
   }
-  return lina_none_or_raise(lina_peers_open(p, (const unsigned char *)handles));
+  PyThreadState *python = PyEval_SaveThread();
+  int rc = lina_peers_open(p, (const unsigned char *)handles);
+  PyEval_RestoreThread(python);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *rows(PyObject *self, PyObject *capsule) {
@@ -93,31 +101,32 @@ static PyObject *dispatch(PyObject *self, PyObject *args) {
   PyObject *capsule;
   void *stream;
   lina_peers_dispatch_args a = {0};
-  unsigned tag;
-  int priority;
+  int tag, priority;
   long long T, C, K, E, row_bytes;
   (void)self;
-  if (!PyArg_ParseTuple(args, "OO&IpLLLLLO&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag,
+  if (!PyArg_ParseTuple(args, "OO&ipLLLLLO&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag,
                         &priority, &T, &C, &K, &E, &row_bytes, address, &a.x, address, &a.expert,
                         address, &a.weight, address, &a.slot, address, &a.count, address, &a.x_out,
                         address, &a.weight_out, address, &a.expert_out))
     return NULL;
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
-  a.links.tag = tag;
+  a.links.tag = (uint32_t)tag;
   a.T = T, a.C = C, a.K = K, a.E = E, a.row_bytes = row_bytes;
-  return lina_none_or_raise(lina_peers_dispatch(p, &a, priority, stream));
+  PyThreadState *python = PyEval_SaveThread();
+  int rc = lina_peers_dispatch(p, &a, priority, stream);
+  PyEval_RestoreThread(python);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *collect(PyObject *self, PyObject *args) {
   PyObject *capsule;
   void *stream;
   lina_peers_collect_args a = {0};
-  unsigned tag;
-  int priority;
+  int tag, priority;
   long long T, C, K, E, D;
   (void)self;
-  if (!PyArg_ParseTuple(args, "OO&IpLLLLLiO&O&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag,
+  if (!PyArg_ParseTuple(args, "OO&ipLLLLLiO&O&O&O&O&O&O&O&O&", &capsule, address, &stream, &tag,
                         &priority, &T, &C, &K, &E, &D, &a.dtype, address, &a.y, address,
                         &a.pair_row, address, &a.weight, address, &a.dweight, address, &a.slot,
                         address, &a.count, address, &a.expert, address, &a.out, address,
@@ -125,9 +134,12 @@ static PyObject *collect(PyObject *self, PyObject *args) {
     return NULL;
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
-  a.links.tag = tag;
+  a.links.tag = (uint32_t)tag;
   a.T = T, a.C = C, a.K = K, a.E = E, a.D = D;
-  return lina_none_or_raise(lina_peers_collect(p, &a, priority, stream));
+  PyThreadState *python = PyEval_SaveThread();
+  int rc = lina_peers_collect(p, &a, priority, stream);
+  PyEval_RestoreThread(python);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *reduce(PyObject *self, PyObject *args) {
@@ -143,7 +155,10 @@ static PyObject *reduce(PyObject *self, PyObject *args) {
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
   a.tile_bytes = tile_bytes, a.count = count, a.scatter = scatter, a.mean = mean;
-  return lina_none_or_raise(lina_peers_reduce(p, &a, gently, stream));
+  PyThreadState *python = PyEval_SaveThread();
+  int rc = lina_peers_reduce(p, &a, gently, stream);
+  PyEval_RestoreThread(python);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *check(PyObject *self, PyObject *capsule) {
@@ -160,8 +175,10 @@ static PyObject *stop(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "OO&p", &capsule, address, &stream, &overflow)) return NULL;
   lina_peers *p = peers_of(capsule);
   if (!p) return NULL;
-  return lina_none_or_raise(
-      lina_peers_stop(p, overflow ? LINA_PEERS_OVERFLOW : LINA_PEERS_FAILED, stream));
+  PyThreadState *python = PyEval_SaveThread();
+  int rc = lina_peers_stop(p, overflow ? LINA_PEERS_OVERFLOW : LINA_PEERS_FAILED, stream);
+  PyEval_RestoreThread(python);
+  return lina_none_or_raise(rc);
 }
 
 static PyObject *abort_waits(PyObject *self, PyObject *capsule) {
@@ -176,8 +193,10 @@ static PyObject *close_all(PyObject *self, PyObject *capsule) {
   lina_peers *p = peers_of(capsule);
   (void)self;
   if (!p) return NULL;
-  Py_BEGIN_ALLOW_THREADS lina_peers_close(p);
-  Py_END_ALLOW_THREADS Py_RETURN_NONE;
+  PyThreadState *python = PyEval_SaveThread();
+  lina_peers_close(p);
+  PyEval_RestoreThread(python);
+  Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {

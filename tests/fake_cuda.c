@@ -4,7 +4,6 @@
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,10 +16,15 @@ static _Atomic uint32_t *on_host(CUdeviceptr word) {
   return (_Atomic uint32_t *)(uintptr_t)(word - ON_DEVICE);
 }
 
+void *fake_host_pointer(void *on_device) { return on_host((CUdeviceptr)(uintptr_t)on_device); }
+
 static CUresult write_value(CUstream s, CUdeviceptr word, cuuint32_t value, unsigned flags) {
   if (flags != CU_STREAM_WRITE_VALUE_DEFAULT ||
       fake_breaks(fake_stream_device(s), FAKE_WRITE_VALUE))
     return CUDA_ERROR_INVALID_VALUE;
+  /* As where the stream's queue is full. Long: only what the caller does about it ends it. */
+  if (fake_breaks(fake_stream_device(s), FAKE_FULL) && !fake_stream_drain(s, 30))
+    fake_broken("device %d: a call of the driver blocks for ever", fake_stream_device(s));
   fake_push_write(s, on_host(word), value);
   return CUDA_SUCCESS;
 }
@@ -34,11 +38,6 @@ static CUresult wait_value(CUstream s, CUdeviceptr word, cuuint32_t value, unsig
 /* ---- the runtime ---- */
 
 static _Thread_local int current;
-static pthread_mutex_t pinned_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct pinned {
-  void *memory;
-  struct pinned *next;
-} *pinned;   /* reachable, so no leak */
 
 const char *cudaGetErrorString(cudaError_t code) { return code ? "fake CUDA error" : "no error"; }
 
@@ -49,25 +48,9 @@ cudaError_t cudaSetDevice(int device) {
   return current = device, cudaSuccess;
 }
 
-cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned flags) {
-  if (!(flags & cudaHostAllocMapped)) return cudaErrorInvalidValue;
-  if (fake_breaks(current, FAKE_HOST_ALLOC)) return cudaErrorMemoryAllocation;
-  struct pinned *p = malloc(sizeof *p);
-  *out = p->memory = malloc(bytes);
-  memset(*out, 0xa5, bytes);
-  pthread_mutex_lock(&pinned_lock);
-  p->next = pinned, pinned = p;
-  pthread_mutex_unlock(&pinned_lock);
-  return cudaSuccess;
-}
-
 cudaError_t cudaHostGetDevicePointer(void **on_device, void *host, unsigned flags) {
   *on_device = (void *)(uintptr_t)((uintptr_t)host + ON_DEVICE);
   return flags ? cudaErrorInvalidValue : cudaSuccess;
-}
-
-cudaError_t cudaFreeHost(void *host) { /* a stream may still write it */
-  fake_broken("pinned memory %p was freed", host);
 }
 
 typedef struct {
@@ -106,6 +89,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, 
                                              unsigned long long flags,
                                              enum cudaDriverEntryPointQueryResult *found) {
   *function = NULL;
+  fake_cuda_begin();
   if (strcmp(name, "cuStreamWriteValue32") == 0) *function = (void *)write_value;
   if (strcmp(name, "cuStreamWaitValue32") == 0) *function = (void *)wait_value;
   *found = cudaDriverEntryPointSuccess;

@@ -60,6 +60,7 @@ typedef enum {
   FAKE_NO_FAULT,
   FAKE_HOST_ALLOC,        /* cudaHostAlloc */
   FAKE_WRITE_VALUE,       /* cuStreamWriteValue32 */
+  FAKE_FULL,              /* no failure: cuStreamWriteValue32 blocks until the stream is idle */
   FAKE_COPY,              /* cudaMemcpy2DAsync */
   FAKE_COLLECTIVE,        /* ncclAllReduce, ncclReduceScatter and ncclGroupEnd */
   FAKE_ASYNC,             /* ncclCommGetAsyncError gives an error, from now on */
@@ -67,6 +68,13 @@ typedef enum {
 } fake_fault;
 void fake_break(int device, fake_fault fault);
 bool fake_breaks(int device, fake_fault fault);     /* takes it, unless it is to last */
+
+/* The driver is up: at exit it unmaps all pinned memory, before or after other handlers. */
+void fake_cuda_begin(void);
+/* Allocations that are not freed. */
+int fake_cuda_held(void);
+/* The host's address of pinned memory. */
+void *fake_host_pointer(void *on_device);
 
 /* Communicators that NCCL has not freed yet. */
 int fake_nccl_live(void);

@@ -56,6 +56,7 @@ void meet(rank_state *s);
 void opened(rank_state *s);
 
 rank_function never_lowered, bad_arguments, cuda_fails, captured, slow, one_connection;
+rank_function peers_limits, peers_turns, peers_dropped;
 
 /* Scenario i of fuzz_comm_faults.c; its name. */
 int fault_count(void);

@@ -41,11 +41,22 @@ void bad_arguments(rank_state *s) {
   if (c) fake_broken("a communicator was made of nothing");
   lina_all_to_all a = {s->memory, s->memory, s->rank % 2 ? below : bytes, below};
   expect(lina_comm_all_to_all(s->tokens, &a, LINA_A2A_RAISE, s->a2a), LINA_EINVAL, "-1", "bytes");
-  lina_all_reduce r = {s->memory, -1, LINA_F32, false, NULL};
+  /* Sums and products past 64 bits, which would otherwise pass as small. */
+  int64_t much[MAX_RANKS] = {INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX};
+  a = (lina_all_to_all){s->memory, s->memory, bytes, much};
+  expect(lina_comm_all_to_all(s->tokens, &a, 0, s->a2a), LINA_EINVAL, "at most 2^48", "bytes");
+  much[0] = much[1] = (int64_t)1 << 48;
+  a = (lina_all_to_all){s->memory, s->memory, much, bytes};
+  expect(lina_comm_all_to_all(s->tokens, &a, 0, s->a2a), LINA_EINVAL, "from rank 1", "a sum");
+  lina_all_reduce r = {s->memory, ((int64_t)1 << 62) + 1, LINA_F32, false, NULL};
+  expect(lina_comm_all_reduce(s->gradients, &r, s->reduce), LINA_EINVAL, "2^48", "a count");
+  r.count = -1;
   expect(lina_comm_all_reduce(s->gradients, &r, s->reduce), LINA_EINVAL, "-1 elements", "a count");
   r.count = 1, r.dtype = LINA_I32;
   expect(lina_comm_all_reduce(s->gradients, &r, s->reduce), LINA_ENOTSUP, "dtype", "a dtype");
-  lina_reduce_scatter rs = {.count = -1, .dtype = LINA_F32};
+  lina_reduce_scatter rs = {.count = (int64_t)1 << 61, .dtype = LINA_F32};
+  expect(lina_comm_reduce_scatter(s->gradients, &rs, s->reduce), LINA_EINVAL, "2^48", "a count");
+  rs.count = -1;
   expect(lina_comm_reduce_scatter(s->gradients, &rs, s->reduce), LINA_EINVAL, "-1", "a count");
   expect(scatter(s, 512 * s->size - 1), LINA_EINVAL, "scratch of", "scratch");
   expect(lina_priority_raise(-1, s->a2a), LINA_EINVAL, "device=-1", "a device");
@@ -88,7 +99,7 @@ void slow(rank_state *s) {
   opened(s);
   fake_sleep(s->timeout_s + 0.3);
   for (int i = 0; i < 4; i++) {
-    if (s->rank == 1) fake_sleep(0.4 * s->timeout_s);
+    if (s->rank == 1) fake_sleep(0.3 * s->timeout_s);
     fine(exchange(s, 0), "an exchange");
   }
   drain(s, "while a rank is slow");

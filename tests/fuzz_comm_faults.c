@@ -144,6 +144,48 @@ static void freed_in_call(rank_state *s) {
   meet(s);
 }
 
+/* The thread waits in the driver, as where a stream's queue is full, behind an exchange for
+ * which a rank is missing. The watch aborts it all the same. */
+static void driver_blocks(rank_state *s) {
+  opened(s);
+  if (s->rank == 0) {
+    double since_s = fake_now();
+    fake_break(0, FAKE_FULL);
+    fine(exchange(s, 0), "an exchange that was taken over before its rank was missed");
+    must_fail(s, s->tokens, since_s, "no progress");
+    fine(lina_comm_check(s->gradients), "the other communicator");
+    drain(s, "after the driver blocked");
+  }
+  meet(s);
+}
+
+static void *closed_meanwhile(void *argument) {
+  rank_state *s = argument;
+  int rc = LINA_OK;
+  while (rc == LINA_OK) rc = exchange(s, 0);
+  expect(rc, LINA_EPEER, "closed", "an exchange while it is closed");
+  return NULL;
+}
+
+/* close() ends what the driver blocks on, and lets all threads out: one is in a call, the
+ * others wait for their turn. Only then may it be freed. */
+static void closed_under_threads(rank_state *s) {
+  pthread_t threads[3];
+  opened(s);
+  if (s->rank == 0) {
+    double since_s = fake_now();
+    fake_break(0, FAKE_FULL);
+    for (int i = 0; i < 3; i++) pthread_create(&threads[i], NULL, closed_meanwhile, s);
+    fake_sleep(0.1);
+    lina_comm_close(s->tokens);
+    if (fake_now() - since_s > FUZZ_MARGIN_S) fake_broken("closing took too long");
+    expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "closed", "an exchange after closing");
+    for (int i = 0; i < 3; i++) pthread_join(threads[i], NULL);
+    drain(s, "after closing");
+  }
+  meet(s);
+}
+
 static const struct {
   const char *name;
   rank_function *function;
@@ -157,12 +199,17 @@ static const struct {
     {"NCCL stays in progress", stays_in_progress, 2, 0.9},
     {"freed while busy", freed_busy, 4, 20},
     {"freed in a call of another thread", freed_in_call, 2, 20},
+    {"the driver blocks a call", driver_blocks, 2, 0.8},
+    {"closed under several threads", closed_under_threads, 2, 20},
     {"raised and never lowered", never_lowered, 3, 20},
     {"bad arguments", bad_arguments, 2, 20},
     {"CUDA fails", cuda_fails, 2, 20},
     {"captured", captured, 2, 20},
-    {"idle and slow", slow, 2, 1.0},
+    {"idle and slow", slow, 2, 2.5},
     {"one connection", one_connection, 2, 20},
+    {"peers: limits", peers_limits, 2, 20},
+    {"peers: threads take turns", peers_turns, 2, 20},
+    {"peers: dropped and closed", peers_dropped, 2, 20},
 };
 
 int fault_count(void) { return (int)(sizeof scenarios / sizeof *scenarios); }

@@ -21,6 +21,8 @@ static pthread_mutex_t list = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- failure ---- */
 
+#define CLOSED "closed by another thread"
+
 static void *abort_comm(void *nccl) {
   (void)lina_nccl.ncclCommAbort(nccl);
   return NULL;
@@ -36,7 +38,7 @@ static void abort_apart(lina_comm *c) {
   c->nccl = NULL;
 }
 
-/* Keeps the first reason; aborting tells the kernels in flight to end. */
+/* `c` being locked. Keeps the first reason; aborting tells the kernels in flight to end. */
 static void fail(lina_comm *c, const char *reason) {
   if (atomic_load(&c->failed)) return;
   snprintf(c->reason, sizeof c->reason, "%s: rank %d of %d: %s", c->options.name, c->options.rank,
@@ -58,7 +60,7 @@ static int settle(lina_comm *c, int code) {
     if (lina_nccl.ncclCommGetAsyncError(c->nccl, &code) != LINA_NCCL_SUCCESS) code = 3;
     if (code != LINA_NCCL_IN_PROGRESS) break;
     const char *reason = NULL;
-    if (atomic_load(&c->closing)) reason = "closed by another thread";
+    if (atomic_load(&c->closing)) reason = CLOSED;
     if (lina_watch_now() - start > c->options.timeout_s)
       reason = "the other ranks did not answer in time; one has stopped, or hangs";
     if (reason) {
@@ -73,6 +75,39 @@ static int settle(lina_comm *c, int code) {
            c->nccl ? lina_nccl.ncclGetLastError(c->nccl) : "");
   fail(c, text);
   return lina_comm_check(c);
+}
+
+/* ---- the watch ---- */
+
+static void watch_one(lina_comm *c, double now_s) {
+  int state = LINA_NCCL_SUCCESS;
+  uint32_t done = atomic_load(c->done);
+  bool idle = done == atomic_load(&c->issued);
+  if (atomic_load(&c->failed)) return;
+  if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;
+  /* NCCL's own state is asked for only while something is outstanding for long. */
+  if (now_s - c->progress_s < 0.5 || pthread_mutex_trylock(&c->lock) != 0) return;
+  if (c->nccl && lina_nccl.ncclCommGetAsyncError(c->nccl, &state) != LINA_NCCL_SUCCESS) state = 3;
+  if (state != LINA_NCCL_SUCCESS && state != LINA_NCCL_IN_PROGRESS) {
+    char text[400];
+    snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(state),
+             lina_nccl.ncclGetLastError(c->nccl));
+    fail(c, text);
+  } else if (now_s - c->progress_s > c->options.timeout_s) {
+    char text[160];
+    snprintf(text, sizeof text, "no progress for %.0f s; another rank has stopped, or hangs",
+             c->options.timeout_s);
+    fail(c, text);
+  }
+  pthread_mutex_unlock(&c->lock);
+}
+
+/* Aborts communicators that failed or stand still. */
+static void watch(double now_s, bool last) {
+  if (last) return;
+  pthread_mutex_lock(&list);
+  for (lina_comm *c = all; c; c = c->next) watch_one(c, now_s);
+  pthread_mutex_unlock(&list);
 }
 
 /* ---- life ---- */
@@ -122,13 +157,14 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
     return lina_error(LINA_EINVAL, "%s: timeout_s=%g, must be above 0", options->name,
                       options->timeout_s);
   int rc = load();
-  if (rc == LINA_OK) rc = lina_watch_start();
   if (rc != LINA_OK) return rc;
   lina_comm *c = calloc(1, sizeof *c);
   if (!c) return lina_error(LINA_ENOMEM, "%s: no memory", options->name);
   c->options = *options;
+  pthread_mutex_init(&c->order, NULL);
   pthread_mutex_init(&c->lock, NULL);
   rc = open(c, id);
+  if (rc == LINA_OK) rc = lina_watch(watch);
   if (rc != LINA_OK) {
     lina_comm_free(c);
     return rc;
@@ -141,8 +177,7 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
   return LINA_OK;
 }
 
-void lina_comm_free(lina_comm *c) {
-  if (!c) return;
+void lina_comm_close(lina_comm *c) {
   pthread_mutex_lock(&list);
   for (lina_comm **at = &all; *at; at = &(*at)->next)
     if (*at == c) {
@@ -151,67 +186,65 @@ void lina_comm_free(lina_comm *c) {
     }
   pthread_mutex_unlock(&list);
   atomic_store(&c->closing, true);
-  pthread_mutex_lock(&c->lock); /* until the call that another thread is in has returned */
+  if (pthread_mutex_trylock(&c->order) != 0) { /* a call may wait for what only an abort ends */
+    pthread_mutex_lock(&c->lock);
+    fail(c, CLOSED);
+    pthread_mutex_unlock(&c->lock);
+    pthread_mutex_lock(&c->order);
+  }
+  pthread_mutex_lock(&c->lock);
+  abort_apart(c);
   pthread_mutex_unlock(&c->lock);
-  abort_apart(c); /* the word stays: a stream may still write it */
+  pthread_mutex_unlock(&c->order);
+}
+
+void lina_comm_free(lina_comm *c) {
+  if (!c) return;
+  lina_comm_close(c); /* the word stays: a stream may still write it */
+  pthread_mutex_destroy(&c->order);
   pthread_mutex_destroy(&c->lock);
   free(c);
 }
 
 /* ---- operations: locked, taken over and counted alike ---- */
 
-int lina_comm_begin(lina_comm *c) {
-  pthread_mutex_lock(&c->lock);
+static int usable(lina_comm *c) {
   int rc = lina_comm_check(c);
+  if (rc != LINA_OK || !atomic_load(&c->closing)) return rc;
+  return lina_error(LINA_EPEER, "%s: " CLOSED, c->options.name);
+}
+
+int lina_comm_begin(lina_comm *c) {
+  pthread_mutex_lock(&c->order);
+  int rc = usable(c);
+  if (rc != LINA_OK) pthread_mutex_unlock(&c->order);
+  return rc;
+}
+
+void lina_comm_end(lina_comm *c) { pthread_mutex_unlock(&c->order); }
+
+int lina_comm_take(lina_comm *c) {
+  pthread_mutex_lock(&c->lock);
+  int rc = usable(c);
   if (rc != LINA_OK) pthread_mutex_unlock(&c->lock);
   return rc;
 }
 
-void lina_comm_end(lina_comm *c) { pthread_mutex_unlock(&c->lock); }
-
 int lina_comm_took(lina_comm *c, int code, void *stream) {
   enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   int rc = settle(c, code);
+  pthread_mutex_unlock(&c->lock);
   if (rc != LINA_OK) return rc;
   if (cudaStreamIsCapturing((cudaStream_t)stream, &capture) != cudaSuccess)
     return lina_error(LINA_ECUDA, "%s: not a stream of device %d", c->options.name,
                       c->options.device);
   if (capture != cudaStreamCaptureStatusNone) return LINA_OK; /* a replay could not count on */
+  /* Said first: the write may block the thread, and then must not look like idleness. */
   uint32_t count = atomic_load(&c->issued) + 1;
+  atomic_store(&c->issued, count);
   rc = lina_memop_write(stream, c->done_on_device, count);
-  if (rc == LINA_OK) atomic_store(&c->issued, count);
+  if (rc != LINA_OK) atomic_store(&c->issued, count - 1);
   return rc;
-}
-
-/* ---- the watch ---- */
-
-static void watch_one(lina_comm *c, double now_s) {
-  int state = LINA_NCCL_SUCCESS;
-  uint32_t done = atomic_load(c->done);
-  bool idle = done == atomic_load(&c->issued);
-  if (atomic_load(&c->failed)) return;
-  if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;
-  /* NCCL's own state is asked for only while something is outstanding for long. */
-  if (now_s - c->progress_s < 0.5 || pthread_mutex_trylock(&c->lock) != 0) return;
-  if (c->nccl && lina_nccl.ncclCommGetAsyncError(c->nccl, &state) != LINA_NCCL_SUCCESS) state = 3;
-  if (state != LINA_NCCL_SUCCESS && state != LINA_NCCL_IN_PROGRESS) {
-    char text[400];
-    snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(state),
-             lina_nccl.ncclGetLastError(c->nccl));
-    fail(c, text);
-  } else if (now_s - c->progress_s > c->options.timeout_s) {
-    char text[160];
-    snprintf(text, sizeof text, "no progress for %.0f s; another rank has stopped, or hangs",
-             c->options.timeout_s);
-    fail(c, text);
-  }
-  pthread_mutex_unlock(&c->lock);
-}
-
-void lina_comm_watch(double now_s) {
-  pthread_mutex_lock(&list);
-  for (lina_comm *c = all; c; c = c->next) watch_one(c, now_s);
-  pthread_mutex_unlock(&list);
 }
 #else
 static int none(void) { return lina_error(LINA_ENOTSUP, "comm: lina is built without CUDA"); }
@@ -222,7 +255,7 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
   *out = 0;
   return none();
 }
+void lina_comm_close(lina_comm *c) { (void)c; }
 void lina_comm_free(lina_comm *c) { (void)c; }
 int lina_comm_check(lina_comm *c) { return (void)c, none(); }
-void lina_comm_watch(double now_s) { (void)now_s; }
 #endif

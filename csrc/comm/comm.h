@@ -40,8 +40,11 @@ int lina_comm_id(char id[LINA_COMM_ID_BYTES]);
 int lina_comm_create(lina_comm **out, const lina_comm_options *options,
                      const char id[LINA_COMM_ID_BYTES]);
 
-/* Aborts what is in flight. A call that another thread is in returns LINA_EPEER first;
- * none may follow. NULL is fine. */
+/* Aborts what is in flight. Calls that other threads are in, or make later, return
+ * LINA_EPEER; waits for the one that runs. */
+void lina_comm_close(lina_comm *comm);
+
+/* Closes it too. No call may follow, nor may more than one be going on. NULL is fine. */
 void lina_comm_free(lina_comm *comm);
 
 /* LINA_OK, or LINA_EPEER with the reason. */
@@ -84,8 +87,5 @@ typedef struct {
   const lina_policy *policy;         /* NULL: whole, at once */
 } lina_reduce_scatter;
 int lina_comm_reduce_scatter(lina_comm *comm, const lina_reduce_scatter *a, void *stream);
-
-/* For the watch thread: aborts communicators that failed or stand still. */
-void lina_comm_watch(double now_s);
 
 #endif

@@ -10,6 +10,8 @@
 #include "comm_private.h"
 #include "priority.h"
 
+#define MAX_BYTES ((int64_t)1 << 48) /* more than any memory: sums do not overflow */
+
 static int exchange(lina_comm *c, const lina_all_to_all *a, void *stream) {
   const char *from = a->send;
   char *to = a->receive;
@@ -28,14 +30,20 @@ static int exchange(lina_comm *c, const lina_all_to_all *a, void *stream) {
 }
 
 int lina_comm_all_to_all(lina_comm *c, const lina_all_to_all *a, int how, void *stream) {
-  for (int r = 0; r < c->options.size; r++)
-    if (a->send_bytes[r] < 0 || a->receive_bytes[r] < 0)
-      return lina_error(LINA_EINVAL, "%s: %lld bytes to and %lld from rank %d, must be at least 0",
-                        c->options.name, (long long)a->send_bytes[r],
-                        (long long)a->receive_bytes[r], r);
+  int64_t sent = 0, received = 0;
+  for (int r = 0; r < c->options.size; r++) {
+    const int64_t out = a->send_bytes[r], in = a->receive_bytes[r];
+    if (out < 0 || in < 0 || out > MAX_BYTES - sent || in > MAX_BYTES - received)
+      return lina_error(LINA_EINVAL,
+                        "%s: %lld bytes to and %lld from rank %d, must be at least 0, all ranks' "
+                        "at most 2^48",
+                        c->options.name, (long long)out, (long long)in, r);
+    sent += out, received += in;
+  }
   int rc = lina_comm_begin(c);
   if (rc != LINA_OK) return rc;
   if (how & LINA_A2A_RAISE) LINA_TRY(lina_priority_raise(c->options.device, stream));
+  LINA_TRY(lina_comm_take(c));
   LINA_TRY(lina_comm_took(c, exchange(c, a, stream), stream));
   if (how & LINA_A2A_LOWER) LINA_TRY(lina_priority_lower(c->options.device, stream));
 done:
@@ -57,6 +65,12 @@ static int find_element(const char *name, const char *what, int dtype, element *
   return lina_error(LINA_ENOTSUP, "%s: %s of dtype %d", name, what, dtype);
 }
 
+static int check_count(const lina_comm *c, const char *what, int64_t count, int64_t bytes_each) {
+  if (count >= 0 && count <= MAX_BYTES / bytes_each) return LINA_OK;
+  return lina_error(LINA_EINVAL, "%s: %s of %lld elements, must be 0 to 2^48 bytes",
+                    c->options.name, what, (long long)count);
+}
+
 /* Bytes of the micro-op that `left` bytes of a part begin with. */
 static int64_t cut(const lina_policy *policy, int64_t left, int element_bytes) {
   int64_t bytes = policy ? lina_policy_cut(policy, left) : left;
@@ -68,16 +82,14 @@ int lina_comm_all_reduce(lina_comm *c, const lina_all_reduce *a, void *stream) {
   char *at = a->data;
   int64_t left;
   int rc = find_element(c->options.name, "all-reduce", a->dtype, &e);
-  if (rc != LINA_OK) return rc;
-  if (a->count < 0)
-    return lina_error(LINA_EINVAL, "%s: all-reduce of %lld elements, must be at least 0",
-                      c->options.name, (long long)a->count);
-  rc = lina_comm_begin(c);
+  if (rc == LINA_OK) rc = check_count(c, "all-reduce", a->count, e.bytes);
+  if (rc == LINA_OK) rc = lina_comm_begin(c);
   if (rc != LINA_OK) return rc;
   left = a->count * e.bytes;
   while (left > 0) {
     int64_t bytes = cut(a->policy, left, e.bytes);
     if (a->policy) LINA_TRY(lina_priority_wait(c->options.device, stream));
+    LINA_TRY(lina_comm_take(c));
     LINA_TRY(lina_comm_took(
         c,
         lina_nccl.ncclAllReduce(at, at, (size_t)(bytes / e.bytes), e.nccl,
@@ -115,10 +127,9 @@ static int pack(const lina_comm *c, const lina_reduce_scatter *a, int64_t at, in
 int lina_comm_reduce_scatter(lina_comm *c, const lina_reduce_scatter *a, void *stream) {
   element e = {0};
   int rc = find_element(c->options.name, "reduce-scatter", a->dtype, &e);
+  if (rc == LINA_OK)
+    rc = check_count(c, "reduce-scatter", a->count, (int64_t)e.bytes * c->options.size);
   if (rc != LINA_OK) return rc;
-  if (a->count < 0)
-    return lina_error(LINA_EINVAL, "%s: reduce-scatter of %lld elements, must be at least 0",
-                      c->options.name, (long long)a->count);
   int64_t total = a->count * e.bytes;
   int64_t needed = widest(a->policy, total, e.bytes);
   needed = needed < total ? needed * c->options.size : 0;
@@ -132,6 +143,7 @@ int lina_comm_reduce_scatter(lina_comm *c, const lina_reduce_scatter *a, void *s
     bytes = cut(a->policy, total - at, e.bytes);
     if (needed > 0) LINA_TRY(pack(c, a, at, bytes, total, stream));
     if (a->policy) LINA_TRY(lina_priority_wait(c->options.device, stream));
+    LINA_TRY(lina_comm_take(c));
     LINA_TRY(lina_comm_took(
         c,
         lina_nccl.ncclReduceScatter(from, (char *)a->out + at, (size_t)(bytes / e.bytes), e.nccl,

@@ -1,33 +1,20 @@
-/* Mapped buffers of peers: lifetime, order of streams, errors. Contract: peers.h. */
+/* Mapped buffers of peers: lifetime, errors. Contract: peers.h. */
 #include "peers.h"
 
 #include <stddef.h>
 
 #if LINA_CUDA
-#include <cuda_runtime_api.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "priority.h"
+#include "peers_private.h"
 
-struct lina_peers {
-  lina_peers_links links;
-  int device, stopped;
-  bool closed;                           /* nobody has this rank's buffer mapped any more */
-  int64_t out_bytes, back_bytes, tokens;
-  double timeout_s;
-  void *own, *mapped[LINA_PEERS_MAX];
-  cudaIpcMemHandle_t handle;
-  lina_peers_word *word;                 /* the host's address of links.word */
-  void *last;                            /* stream of the last call outside a capture */
-  bool used;
-  cudaEvent_t order;
-};
+#define MAX_BYTES ((int64_t)1 << 46) /* more than any memory: sums do not overflow */
 
 _Static_assert(sizeof(cudaIpcMemHandle_t) == LINA_PEERS_HANDLE, "an export is one CUDA IPC handle");
 
-static int cuda(cudaError_t rc, const char *what) {
+int lina_peers_cuda(cudaError_t rc, const char *what) {
   if (rc == cudaSuccess) return LINA_OK;
   (void)cudaGetLastError();              /* or a later launch would report it */
   return lina_error(rc == cudaErrorMemoryAllocation ? LINA_ENOMEM : LINA_ECUDA, "p2p: %s: %s", what,
@@ -43,16 +30,21 @@ int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64
   *out = NULL;
   if (ep < 2 || ep > LINA_PEERS_MAX || rank < 0 || rank >= ep)
     LINA_FAIL(LINA_EINVAL, "p2p: rank %d of %d ranks, limit 2..%d", rank, ep, LINA_PEERS_MAX);
-  if (tokens < 1 || tokens >= LINA_PEERS_MAX_C || out_bytes < 0 || back_bytes < 0)
+  if (tokens < 1 || tokens >= LINA_PEERS_MAX_C)
     LINA_FAIL(LINA_EINVAL, "p2p: tokens=%lld a rank, limit 1..%d", (long long)tokens,
               LINA_PEERS_MAX_C - 1);
+  if (out_bytes < 0 || out_bytes > MAX_BYTES || back_bytes < 0 || back_bytes > MAX_BYTES)
+    LINA_FAIL(LINA_EINVAL, "p2p: buffers of out_bytes=%lld and back_bytes=%lld, limit 0..2^46",
+              (long long)out_bytes, (long long)back_bytes);
   if (!(timeout_s > 0 && timeout_s < 1e8))
-    LINA_FAIL(LINA_EINVAL, "p2p: timeout_s=%g, must be above 0", timeout_s);
+    LINA_FAIL(LINA_EINVAL, "p2p: timeout_s=%g, must be above 0 and below 1e8", timeout_s);
   p = calloc(1, sizeof *p);
   if (!p) LINA_FAIL(LINA_ENOMEM, "p2p: no memory");
-  LINA_TRY(cuda(cudaGetDevice(&p->device), "device"));
+  pthread_mutex_init(&p->lock, NULL);
+  LINA_TRY(lina_peers_cuda(cudaGetDevice(&p->device), "device"));
   int all = 0;
-  LINA_TRY(cuda(cudaDeviceGetAttribute(&all, cudaDevAttrMultiProcessorCount, p->device), "SMs"));
+  LINA_TRY(lina_peers_cuda(cudaDeviceGetAttribute(&all, cudaDevAttrMultiProcessorCount, p->device),
+                           "SMs"));
   if (sms < 0 || sms > all) LINA_FAIL(LINA_EINVAL, "p2p: sms=%d, the GPU has %d", sms, all);
   if (sms == 0) sms = all < 4 ? 1 : all / 4 * 3;
   p->out_bytes = round_up(out_bytes, 256);
@@ -63,18 +55,21 @@ int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64
   const int64_t bytes = round_up(LINA_PEERS_FLAGS + p->out_bytes + p->back_bytes, 2 << 20);
   const int64_t tiles = (tokens + LINA_PEERS_TILE - 1) / LINA_PEERS_TILE;
   const size_t look = (size_t)tiles * LINA_PEERS_MAX * sizeof(uint64_t);
-  LINA_TRY(cuda(cudaMalloc(&p->own, (size_t)bytes), "buffer"));
-  LINA_TRY(cuda(cudaMemset(p->own, 0, LINA_PEERS_FLAGS), "buffer"));
-  LINA_TRY(cuda(cudaMalloc((void **)&p->links.state, sizeof *p->links.state + look), "counters"));
-  LINA_TRY(cuda(cudaMemset(p->links.state, 0, sizeof *p->links.state + look), "counters"));
+  LINA_TRY(lina_peers_cuda(cudaMalloc(&p->own, (size_t)bytes), "buffer"));
+  LINA_TRY(lina_peers_cuda(cudaMemset(p->own, 0, LINA_PEERS_FLAGS), "buffer"));
+  LINA_TRY(lina_peers_cuda(cudaMalloc((void **)&p->links.state, sizeof *p->links.state + look),
+                           "counters"));
   LINA_TRY(
-      cuda(cudaHostAlloc((void **)&p->word, sizeof *p->word, cudaHostAllocMapped), "host word"));
+      lina_peers_cuda(cudaMemset(p->links.state, 0, sizeof *p->links.state + look), "counters"));
+  LINA_TRY(lina_peers_cuda(cudaHostAlloc((void **)&p->word, sizeof *p->word, cudaHostAllocMapped),
+                           "host word"));
   memset((void *)p->word, 0, sizeof *p->word);
-  LINA_TRY(cuda(cudaHostGetDevicePointer((void **)&p->links.word, p->word, 0), "host word"));
-  LINA_TRY(cuda(cudaEventCreateWithFlags(&p->order, cudaEventDisableTiming), "event"));
-  LINA_TRY(cuda(cudaIpcGetMemHandle(&p->handle, p->own), "export of the buffer"));
+  LINA_TRY(
+      lina_peers_cuda(cudaHostGetDevicePointer((void **)&p->links.word, p->word, 0), "host word"));
+  LINA_TRY(lina_peers_cuda(cudaEventCreateWithFlags(&p->order, cudaEventDisableTiming), "event"));
+  LINA_TRY(lina_peers_cuda(cudaIpcGetMemHandle(&p->handle, p->own), "export of the buffer"));
   /* zeros must be there before any peer can write its flag */
-  LINA_TRY(cuda(cudaDeviceSynchronize(), "buffer"));
+  LINA_TRY(lina_peers_cuda(cudaDeviceSynchronize(), "buffer"));
   p->links.sms = sms;
   p->links.ep = ep;
   p->links.rank = rank;
@@ -98,27 +93,36 @@ void lina_peers_export(const lina_peers *p, unsigned char *handle) {
 int64_t lina_peers_room(const lina_peers *p) { return p->out_bytes; }
 void *lina_peers_rows(const lina_peers *p) { return (char *)p->own + p->links.out_at; }
 
-/* The caller's device, set back by leave(). */
-static int enter(const lina_peers *p, int *before) {
-  int rc = cuda(cudaGetDevice(before), "device");
-  return rc != LINA_OK || *before == p->device ? rc : cuda(cudaSetDevice(p->device), "device");
+int lina_peers_ranks(const lina_peers *p) { return p->links.ep; }
+
+int lina_peers_enter(lina_peers *p, int *before) {
+  int rc = lina_peers_cuda(cudaGetDevice(before), "device");
+  if (rc != LINA_OK) return rc;
+  pthread_mutex_lock(&p->lock);
+  if (*before != p->device) rc = lina_peers_cuda(cudaSetDevice(p->device), "device");
+  if (rc != LINA_OK) pthread_mutex_unlock(&p->lock);
+  return rc;
 }
-static void leave(const lina_peers *p, int before) {
+void lina_peers_leave(lina_peers *p, int before) {
   if (before != p->device) (void)cudaSetDevice(before);
+  pthread_mutex_unlock(&p->lock);
 }
 
 int lina_peers_open(lina_peers *p, const unsigned char *handles) {
-  int before = p->device, rc = enter(p, &before);
+  int before, rc = lina_peers_enter(p, &before);
+  if (rc != LINA_OK) return rc;
+  if (p->closed) rc = lina_peers_check(p);
   for (int d = 0; d < p->links.ep && rc == LINA_OK; d++) {
     if (d == p->links.rank || p->mapped[d]) continue;
     cudaIpcMemHandle_t handle;
     char what[64];
     memcpy(&handle, handles + (size_t)d * LINA_PEERS_HANDLE, sizeof handle);
     snprintf(what, sizeof what, "rank %d cannot map the memory of rank %d", p->links.rank, d);
-    rc = cuda(cudaIpcOpenMemHandle(&p->mapped[d], handle, cudaIpcMemLazyEnablePeerAccess), what);
+    rc = lina_peers_cuda(
+        cudaIpcOpenMemHandle(&p->mapped[d], handle, cudaIpcMemLazyEnablePeerAccess), what);
     p->links.buffer[d] = p->mapped[d];
   }
-  leave(p, before);
+  lina_peers_leave(p, before);
   return rc;
 }
 
@@ -151,92 +155,11 @@ int lina_peers_check(const lina_peers *p) {
   return LINA_OK;
 }
 
-/* Behind the last call, if that was on another stream. */
-static int in_order(lina_peers *p, cudaStream_t stream) {
-  enum cudaStreamCaptureStatus capture, other = cudaStreamCaptureStatusNone;
-  int rc = cuda(cudaStreamIsCapturing(stream, &capture), "stream");
-  if (rc != LINA_OK || capture != cudaStreamCaptureStatusNone) return rc;
-  if (p->used && p->last != (void *)stream) {
-    LINA_TRY(cuda(cudaStreamIsCapturing((cudaStream_t)p->last, &other), "stream"));
-    if (other == cudaStreamCaptureStatusNone) {
-      LINA_TRY(cuda(cudaEventRecord(p->order, (cudaStream_t)p->last), "event"));
-      LINA_TRY(cuda(cudaStreamWaitEvent(stream, p->order, 0), "event"));
-    }
-  }
-  p->last = stream, p->used = true;
-done:
-  return rc;
-}
-
-static int check_sizes(const lina_peers *p, int64_t T, int64_t C, int64_t K, int64_t E,
-                       int64_t row_bytes) {
-  const int64_t ep = p->links.ep;
-  if (C < 1 || C > p->tokens || T < 0 || T > C)
-    return lina_error(LINA_EINVAL, "p2p: T=%lld tokens of C=%lld, limit %lld", (long long)T,
-                      (long long)C, (long long)p->tokens);
-  if (K < 1 || K > 1024 || ep * C > INT32_MAX / K)
-    return lina_error(LINA_EINVAL, "p2p: K=%lld, C=%lld; 1 <= K <= 1024, ep*C*K < 2^31 needed",
-                      (long long)K, (long long)C);
-  if (E < 1 || E % ep)
-    return lina_error(LINA_EINVAL, "p2p: %lld experts on %d ranks", (long long)E, (int)ep);
-  const int64_t back = lina_peers_weights_at(ep * C, row_bytes) + ep * C * K * 4;
-  if (row_bytes < 1 || row_bytes > INT32_MAX || back + ep * C * K * 4 > p->out_bytes ||
-      back > p->back_bytes)
-    return lina_error(LINA_EINVAL, "p2p: rows of %lld bytes, C=%lld, K=%lld do not fit the buffer",
-                      (long long)row_bytes, (long long)C, (long long)K);
-  return LINA_OK;
-}
-
-int lina_peers_begin(lina_peers *p, lina_peers_links *links, bool priority, void *stream,
-                     int *before) {
-  const uint32_t tag = links->tag;
-  int rc = lina_peers_check(p);
-  if (rc != LINA_OK) return rc;
-  *before = p->device;
-  LINA_TRY(enter(p, before));
-  if (priority && !p->links.priority) p->links.priority = lina_priority_word(p->device);
-  *links = p->links;
-  links->tag = tag;
-  if (!priority) links->priority = NULL;
-  LINA_TRY(in_order(p, stream));
-done:
-  if (rc != LINA_OK) leave(p, *before);
-  return rc;
-}
-void lina_peers_end(const lina_peers *p, int before) { leave(p, before); }
-
-int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, bool priority, void *stream) {
-  int before, rc = check_sizes(p, a->T, a->C, a->K, a->E, a->row_bytes);
-  if (rc == LINA_OK) rc = lina_peers_begin(p, &a->links, priority, stream, &before);
-  if (rc == LINA_OK) rc = lina_peers_dispatch_cuda(a, stream), leave(p, before);
-  return rc;
-}
-
-int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, bool priority, void *stream) {
-  const int64_t size = a->dtype == LINA_F32 ? 4 : 2;
-  int before, rc = check_sizes(p, a->T, a->C, a->K, a->E, a->D * size);
-  if (rc == LINA_OK) rc = lina_peers_begin(p, &a->links, priority, stream, &before);
-  if (rc == LINA_OK) rc = lina_peers_collect_cuda(a, stream), leave(p, before);
-  return rc;
-}
-
-int lina_peers_stop(lina_peers *p, int failure, void *stream) {
-  int before = p->device, rc;
-  if (p->stopped) return LINA_OK; /* also after a wait that failed here: peers may wait still */
-  LINA_TRY(enter(p, &before));
-  LINA_TRY(in_order(p, stream));
-  LINA_TRY(lina_peers_poison_cuda(&p->links, failure, stream));
-  p->stopped = failure;
-done:
-  leave(p, before);
-  return rc;
-}
-
 void lina_peers_abort(lina_peers *p) { p->word->abort = 1; }
 
 void lina_peers_close(lina_peers *p) {
-  int before = p->device;
-  if (enter(p, &before) != LINA_OK) return;
+  int before;
+  if (lina_peers_enter(p, &before) != LINA_OK) return;
   (void)cudaDeviceSynchronize();
   for (int d = 0; d < LINA_PEERS_MAX; d++) {
     if (p->mapped[d]) (void)cudaIpcCloseMemHandle(p->mapped[d]);
@@ -244,24 +167,21 @@ void lina_peers_close(lina_peers *p) {
   }
   (void)cudaGetLastError();
   p->closed = true;
-  leave(p, before);
+  lina_peers_leave(p, before);
 }
 
 void lina_peers_free(lina_peers *p) {
-  if (!p) return;
-  if (p->links.buffer[p->links.rank] && !p->closed) {
-    lina_peers_abort(p); /* no CUDA call: this may be the process's end */
-    return;
-  }
-  int before = p->device;
-  if (enter(p, &before) == LINA_OK) {
+  if (!p || (p->links.buffer[p->links.rank] && !p->closed)) return;
+  int before;
+  if (lina_peers_enter(p, &before) == LINA_OK) {
     if (p->order) (void)cudaEventDestroy(p->order);
     if (p->word) (void)cudaFreeHost((void *)p->word);
     if (p->links.state) (void)cudaFree(p->links.state);
     if (p->own) (void)cudaFree(p->own);
     (void)cudaGetLastError();
-    leave(p, before);
+    lina_peers_leave(p, before);
   }
+  pthread_mutex_destroy(&p->lock);
   free(p);
 }
 
@@ -281,16 +201,8 @@ int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64
 int lina_peers_open(lina_peers *p, const unsigned char *handles) {
   return (void)p, (void)handles, ABSENT;
 }
-int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, bool priority, void *stream) {
-  return (void)p, (void)a, (void)priority, (void)stream, ABSENT;
-}
-int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, bool priority, void *stream) {
-  return (void)p, (void)a, (void)priority, (void)stream, ABSENT;
-}
-int lina_peers_stop(lina_peers *p, int failure, void *stream) {
-  return (void)p, (void)failure, (void)stream, ABSENT;
-}
 int lina_peers_check(const lina_peers *p) { return (void)p, ABSENT; }
+int lina_peers_ranks(const lina_peers *p) { return (void)p, 0; }
 void *lina_peers_rows(const lina_peers *p) { return (void)p, NULL; }
 void lina_peers_export(const lina_peers *p, unsigned char *handle) { (void)p, (void)handle; }
 void lina_peers_abort(lina_peers *p) { (void)p; }

@@ -10,7 +10,8 @@
  * Calls with different streams are put in order by an event, except while a
  * stream is being captured: then the capture's own dependencies order them.
  * Every call first looks whether an earlier wait has failed, and says so.
- * One host thread at a time.
+ * Any host thread may call: calls take turns, all but export, rows, room, check and abort,
+ * which wait for nothing. None may follow free, or be going on.
  * Errors: LINA_EINVAL, LINA_ENOTSUP (no CUDA, no peer access), LINA_ECUDA,
  *   LINA_ENOMEM, LINA_EPEER (another rank stopped; the text says which and when).
  */
@@ -23,7 +24,8 @@
 #include "../cuda/peers.h"
 #include "../error.h"
 
-#define LINA_PEERS_HANDLE 64 /* bytes of an export */
+#define LINA_PEERS_HANDLE 64  /* bytes of an export */
+#define LINA_PEERS_TAGS 255 /* tags are below: a flag has 8 bits for them, and one tells failure */
 
 typedef struct lina_peers lina_peers;
 
@@ -33,6 +35,8 @@ typedef struct lina_peers lina_peers;
 int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
                     int64_t tokens, double timeout_s, int sms);
 void lina_peers_export(const lina_peers *p, unsigned char *handle); /* LINA_PEERS_HANDLE bytes */
+/* ep, as it was made with. */
+int lina_peers_ranks(const lina_peers *p);
 /* handles: [ep] in order of rank; this rank's own is not looked at. */
 int lina_peers_open(lina_peers *p, const unsigned char *handles);
 /* Where rows arrive: `out` of this rank's own buffer. */
@@ -43,11 +47,12 @@ void *lina_peers_rows(const lina_peers *p);
 int lina_peers_dispatch(lina_peers *p, lina_peers_dispatch_args *a, bool priority, void *stream);
 int lina_peers_collect(lina_peers *p, lina_peers_collect_args *a, bool priority, void *stream);
 
-/* What all kernels over these buffers begin with: checks, fills in links except for tag,
- * sets the device, puts `stream` in order; after success end() sets the caller's device back. */
+/* What all kernels over these buffers begin with: waits for its turn, checks, fills in links
+ * except for tag, sets the device, puts `stream` in order; after success leave() must follow,
+ * which sets the caller's device back. */
 int lina_peers_begin(lina_peers *p, lina_peers_links *links, bool priority, void *stream,
                      int *before);
-void lina_peers_end(const lina_peers *p, int before);
+void lina_peers_leave(lina_peers *p, int before);
 /* Bytes of `out`. */
 int64_t lina_peers_room(const lina_peers *p);
 
@@ -59,9 +64,9 @@ int lina_peers_stop(lina_peers *p, int failure, void *stream);
 void lina_peers_abort(lina_peers *p);
 /* Waits for the device and unmaps the peers' buffers. */
 void lina_peers_close(lina_peers *p);
-/* Frees everything after lina_peers_close, or where no peer was told of it. Else peers
- * may still have the buffer mapped: waits end, and all stays until the process does.
- * NULL is fine. */
+/* Frees everything after lina_peers_close. Without it peers may still have the buffer mapped,
+ * and what was launched may still run: all stays until the process ends, and goes on
+ * undisturbed; who wants it to end calls abort first. NULL is fine. */
 void lina_peers_free(lina_peers *p);
 
 #endif

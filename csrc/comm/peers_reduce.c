@@ -10,6 +10,8 @@
 
 #include "priority.h"
 
+#define MAX_COUNT ((int64_t)1 << 46) /* more than any memory holds: sums do not overflow */
+
 static int check_shape(int ep, int blocks, int64_t tile_bytes, bool scatter) {
   if (blocks < 1 || blocks > LINA_REDUCE_BLOCKS)
     return lina_error(LINA_EINVAL, "p2p reduce: blocks=%d, limit 1..%d", blocks,
@@ -53,15 +55,17 @@ done:
 }
 
 int lina_peers_reduce(lina_peers *p, lina_peers_reduce_args *a, bool gently, void *stream) {
-  int before, device, rc = lina_peers_begin(p, &a->links, false, stream, &before);
+  const int ep = lina_peers_ranks(p);
+  int before, device, rc = check_shape(ep, a->blocks, a->tile_bytes, a->scatter);
   if (rc != LINA_OK) return rc;
-  LINA_TRY(check_shape(a->links.ep, a->blocks, a->tile_bytes, a->scatter));
-  if (lina_peers_reduce_bytes(a->links.ep, a->blocks, a->tile_bytes, a->scatter) >
-      lina_peers_room(p))
-    LINA_FAIL(LINA_EINVAL, "p2p reduce: blocks=%d of %lld bytes, the buffer is for fewer",
-              a->blocks, (long long)a->tile_bytes);
-  if (a->count < 0)
-    LINA_FAIL(LINA_EINVAL, "p2p reduce: count=%lld, must be at least 0", (long long)a->count);
+  if (lina_peers_reduce_bytes(ep, a->blocks, a->tile_bytes, a->scatter) > lina_peers_room(p))
+    return lina_error(LINA_EINVAL, "p2p reduce: blocks=%d of %lld bytes, the buffer is for fewer",
+                      a->blocks, (long long)a->tile_bytes);
+  if (a->count < 0 || a->count > MAX_COUNT)
+    return lina_error(LINA_EINVAL, "p2p reduce: count=%lld, must be 0 to 2^46",
+                      (long long)a->count);
+  rc = lina_peers_begin(p, &a->links, false, stream, &before);
+  if (rc != LINA_OK) return rc;
   a->priority = NULL;
   if (gently && a->count > 0) {
     if (cudaGetDevice(&device) != cudaSuccess) LINA_FAIL(LINA_ECUDA, "p2p reduce: no device");
@@ -71,7 +75,7 @@ int lina_peers_reduce(lina_peers *p, lina_peers_reduce_args *a, bool gently, voi
   a->hold_ns = (uint64_t)(LINA_PRIORITY_HOLD_S * 1e9);
   LINA_TRY(lina_peers_reduce_cuda(a, stream));
 done:
-  lina_peers_end(p, before);
+  lina_peers_leave(p, before);
   return rc;
 }
 #else

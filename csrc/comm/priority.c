@@ -29,7 +29,8 @@ static int make(int device, state *s) {
   _Atomic uint32_t *word = NULL;
   int rc = lina_memop_load();
   if (rc == LINA_OK) rc = lina_memop_word(device, &word, &s->on_device);
-  if (rc == LINA_OK) rc = lina_watch_start();   /* no word without the thread that releases it */
+  /* no word without the thread that releases it */
+  if (rc == LINA_OK) rc = lina_watch(lina_priority_watch);
   if (rc == LINA_OK) atomic_store(&s->word, word);
   return rc;
 }

@@ -1,10 +1,11 @@
 /* priority.h - the word in memory that holds gradients back while tokens travel.
  *
  * One word a device: not 0 while an all-to-all is queued, running or imminent.
- * The reduce stream waits for 0 before each micro-op (cuStreamWaitValue32); the
- * a2a stream alone writes the word (cuStreamWriteValue32), so that raises and
- * lowers are ordered by that stream, need no counting, and replay in a CUDA graph.
- * No host thread stands between the two, and no multiprocessor is held.
+ * The reduce stream waits for 0 before each micro-op (cuStreamWaitValue32). What writes the
+ * word runs on the stream of the all-to-alls: cuStreamWriteValue32 around NCCL's, or the
+ * kernels of peers.h themselves. So raises and lowers are ordered by that stream, need no
+ * counting, and replay in a CUDA graph. No host thread stands between the two, and no
+ * multiprocessor is held. Both kinds at once on one device would lower each other's raise.
  * Source: Lina, Li et al. 2023, arXiv:2210.17223, section 4.1, where a host thread
  * decides.
  *

@@ -45,16 +45,8 @@
  * rows have left and arrived, before the sums: gradients give way in between, the
  * experts included, since rows back follow at once.
  *
- * One pass of the experts a round. How several would overlap with rows, by the same flags:
- *   - dispatch sends and announces range by range, without a wait; flag 0 carries the number
- *     of rows, from which both sides know all ranges. It writes the ids of this rank's own
- *     part besides, so that the first pass (own rows) depends on no other rank;
- *   - before pass c a small kernel waits for flag c of every source and writes the ids of
- *     those rows, -1 for all others: sort and experts are then as they are, over rows where
- *     they arrived; N is C*K for own rows and, for a range, the sources' C*K / ranges;
- *   - after pass c the rows of range c go back (collect's sending half), on a second stream
- *     with few SMs, which copy engines are enough for; the last waits for all and sums.
- * Reuse of buffers is argued as above: all flags of dispatch n are seen before collect n ends.
+ * The experts take a round's rows in one pass, after all of them have arrived. Dispatch uses
+ * chunk 0 alone; its flags have room for more.
  *
  * Limits: 2 <= ep <= 8, 1 <= C < 2^24, ep*C*K < 2^31, 1 <= K <= 1024,
  * T <= C, E a multiple of ep.
