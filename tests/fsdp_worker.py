@@ -11,11 +11,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as torch_fsdp
 from hook_worker import SMALL
-from parallel_worker import batch, error_of, loss_of, mean_loss, spread_net, terms, whole_net
+from parallel_worker import (
+    assert_same,
+    batch,
+    error_of,
+    loss_of,
+    mean_loss,
+    spread_net,
+    three_steps,
+    whole_net,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import lina
 from lina import parallel
@@ -23,8 +31,6 @@ from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.transport import nccl
 from lina.parallel.transport.base import gate
-
-from helpers import assert_within_rounding
 
 
 def sharded(net, where=None):
@@ -35,24 +41,6 @@ def sharded(net, where=None):
     for part in (net.moe1, net.middle, net.moe2, net):
         fully_shard(part, mesh=where, ignored_params=experts)
     return net
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def assert_same(net, ref, mesh, what: str, grads: bool = True) -> None:
-    local = {e.name for e in parallel.expert_parameters(net)}
-    refs = dict(ref.named_parameters())
-    for name, param in net.named_parameters():
-        pairs = [("weight", whole(param), refs[name].detach())]
-        if grads:
-            assert param.grad is not None, f"{what}: {name} has no gradient"
-            pairs.append(("gradient", whole(param.grad), refs[name].grad))
-        for kind, got, want in pairs:
-            scale = want.abs().max().item()          # of the layer: an expert may have a small share in it
-            want = parallel.shard(want, mesh) if name in local else want
-            assert_within_rounding(got.detach(), want, terms(), scale=scale, name=f"{what}: {kind} of {name}")
 
 
 def comm_of(net):
@@ -69,30 +57,11 @@ def parity(device, ep: str, schedule: str, where: str, gate_name: str = "deepsee
     """3 steps of SGD with momentum equal to one process's over all ranks' batches; also as HSDP."""
     mesh = lina.mesh(ep=int(ep), transport=transport)
     ref = whole_net(gate_name, device)
-    net = spread_net(ref, gate_name, mesh)
-    if mesh.get_coordinate()[0] != 0:         # other replicas start wrong; the call mends them
-        for e in parallel.expert_parameters(net):
-            nn.init.zeros_(e.param)
-    net = sharded(net, mesh if where == "hsdp" else None)
+    # other replicas start wrong; the call mends them
+    net = sharded(spread_net(ref, gate_name, mesh, spoil=True), mesh if where == "hsdp" else None)
     hook = lina.HookState(mesh, link=SMALL) if schedule == "lina" else None
     assert lina.fsdp(net, mesh, schedule=schedule, hook=hook) is net
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (net, ref)]
-    for step in range(3):
-        loss = loss_of(net, *batch(dist.get_rank(), step, next(ref.parameters())))
-        want = mean_loss(ref, step)
-        loss.backward()
-        want.backward()
-        got = loss.detach().clone()
-        dist.all_reduce(got)
-        got /= dist.get_world_size()
-        assert_within_rounding(got, want.detach(), terms(), name=f"loss of step {step}")
-        assert_same(net, ref, mesh, f"step {step}")
-        norms = [parallel.clip_grad_norm_(net, 0.5), nn.utils.clip_grad_norm_(ref.parameters(), 0.5)]
-        assert_within_rounding(*norms, terms(), name="gradient norm")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        assert_same(net, ref, mesh, f"after step {step}", grads=False)
+    three_steps(net, ref, mesh)
     if schedule == "lina" and device.type == "cpu":
         [carrier] = comm_of(net)._carriers.values()
         calls, started = 3 * 4, carrier._policy.started

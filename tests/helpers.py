@@ -7,7 +7,8 @@ else. Tolerances come from epsilons and numbers of terms; none is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -232,3 +233,22 @@ def replayed(
     graph.replay()
     torch.cuda.synchronize()
     return result
+
+
+def take_turns(ranks: list[Iterator], seed: int, ahead: Sequence[int] = (1, 3, 40)) -> None:
+    """Runs models of ranks, which are generators, to their ends.
+
+    One at a time, chosen by chance, runs ``ahead`` steps, as when another's kernel starts late.
+    """
+    draw = random.Random(seed)
+    for _ in range(100_000):
+        if not ranks:
+            return
+        chosen = draw.choice(ranks)
+        for _ in range(draw.choice(ahead)):
+            try:
+                next(chosen)
+            except StopIteration:
+                ranks.remove(chosen)
+                break
+    raise AssertionError("the ranks wait for each other for ever")

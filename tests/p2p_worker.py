@@ -25,6 +25,7 @@ from p2p_rounds import degree, priority, ways
 from parallel_worker import error_of, everyone
 
 from lina.parallel.tokens.p2p import moe
+from lina.parallel.transport.domain import _mapped
 from lina.parallel.transport.peers import Peers
 
 from helpers import on_side_stream
@@ -86,6 +87,27 @@ def layers(device) -> None:
     torch.cuda.synchronize()
     same(again, got, "side stream")
     peers.close()
+    settle()
+
+
+def growth(device) -> None:
+    """More tokens in the settings from one call to the next, and a backward behind it of the call before."""
+    group, before = dist.group.WORLD, len(_mapped)
+    peers = Peers(group, tokens=30, timeout_s=10)
+    few, many = (inputs(device, T - dist.get_rank(), 24, 16, 2, torch.float32, "random") for T in (30, 700))
+    want = plain(*few, group)
+    wants = [want.detach(), *torch.autograd.grad(want.sum(), few[0])]
+    out = ours(*few, peers)
+    peers.tokens = 700
+    both(*many, peers, group, "grown")
+    got = [out.detach(), *torch.autograd.grad(out.sum(), few[0])]
+    compare(got, wants, 24 + 16 + sum(TOKENS), "before it grew")
+    peers.tokens = 30
+    both(*few, peers, group, "few again")
+    assert peers.layer(30, 24, 2, few[2], torch.float32, True).C == 128
+    assert len(_mapped) == before + 1, "the small buffer was not given back"
+    peers.close()
+    assert len(_mapped) == before
     settle()
 
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import lina
@@ -66,11 +67,14 @@ def whole_net(gate: str, device, dtype=None) -> Net:
     return net
 
 
-def spread_net(net: Net, gate: str, mesh) -> Net:
-    """The same with this rank's experts only."""
+def spread_net(net: Net, gate: str, mesh, spoil: bool = False) -> Net:
+    """The same with this rank's experts only; ``spoil``: zeros in other replicas than the first."""
     like = next(net.parameters())
     mine = Net(gate, mesh, device=like.device, dtype=like.dtype)
     mine.load_state_dict(net.state_dict())
+    if spoil and mesh.get_coordinate()[0] != 0:
+        for e in parallel.expert_parameters(mine):
+            nn.init.zeros_(e.param)
     return mine
 
 
@@ -97,15 +101,20 @@ def terms(layers: int = 5) -> int:
     return 3 * layers * (WIDTH + 20 + sum(TOKENS))
 
 
+def whole(tensor):
+    """Of what fully_shard has sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def assert_same(net, ref, mesh, what: str, grads: bool = True) -> None:
     module = net.module if hasattr(net, "module") else net
     local = {e.name for e in parallel.expert_parameters(module)}
     refs = dict(ref.named_parameters())
     for name, param in module.named_parameters():
-        pairs = [("weight", param, refs[name])]
+        pairs = [("weight", whole(param), refs[name])]
         if grads:
             assert param.grad is not None, f"{what}: {name} has no gradient"
-            pairs.append(("gradient", param.grad, refs[name].grad))
+            pairs.append(("gradient", whole(param.grad), refs[name].grad))
         for kind, got, want in pairs:
             want = parallel.shard(want, mesh) if name in local else want
             # an expert whose share of the result is small still sums terms of the layer's scale
@@ -123,11 +132,13 @@ def parity(device, ep: str, gate: str, schedule: str = "plain", transport: str =
     """3 steps of SGD with momentum equal to one process's over all ranks' batches."""
     mesh = parallel.mesh(int(ep), transport=transport)
     ref = whole_net(gate, device)
-    net = spread_net(ref, gate, mesh)
-    if mesh.get_coordinate()[0] != 0:         # other replicas start wrong; construction mends them
-        for e in parallel.expert_parameters(net):
-            nn.init.zeros_(e.param)
-    net = parallel.ddp(net, mesh, schedule=schedule)
+    # other replicas start wrong; construction mends them
+    net = parallel.ddp(spread_net(ref, gate, mesh, spoil=True), mesh, schedule=schedule)
+    three_steps(net, ref, mesh)
+
+
+def three_steps(net, ref, mesh) -> None:
+    """Losses, gradients, their norm and weights are one process's, with SGD and momentum."""
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (net, ref)]
     for step in range(3):
         loss = loss_of(net, *batch(dist.get_rank(), step, next(ref.parameters())))

@@ -1,23 +1,31 @@
 """Runs functions of a test module in several processes, one rank each.
 
 The parent calls ``launch``, which starts this file as a script; that imports torch once and forks
-the ranks. A rank prints one JSON line per scenario, so that many checks share one start.
+the ranks. A rank prints one JSON line per scenario, so that many checks share one start: a ``Run``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
 
 import lina
 
@@ -30,20 +38,96 @@ class Ended(NamedTuple):
     out: str
     err: str
 
+    def time_of(self, event: str) -> float:
+        """Of a line "``event`` at 12.3" that the rank printed."""
+        found = [line.split()[-1] for line in self.out.splitlines() if line.startswith(f"{event} at ")]
+        assert found, f"the rank did not get as far as {event!r}:\n{self.out[-2000:]}\n{self.err[-2000:]}"
+        return float(found[0])
 
-def launch(module: str, scenarios: list[str], world: int, *, backend: str = "gloo", timeout_s: float = 30,
-           limit_s: float = 200) -> list[Ended]:
-    """How each rank ended; ``timeout_s`` is the process group's, ``limit_s`` the parent's patience."""
-    # ranks see each other over loopback, whatever the host is called
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    # and import the same lina as this process, installed or not
-    folders = [str(HERE), str(Path(lina.__file__).parents[1]), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(folders)
+
+@dataclass
+class Run:
+    """A start of all ranks that serves every scenario, when the first of them is asked for."""
+
+    module: str
+    scenarios: Sequence[str]
+    world: int
+    backend: str = "gloo"
+    limit_s: float | None = None
+
+    @functools.cached_property
+    def ended(self) -> list[Ended]:
+        return launch(self.module, self.scenarios, self.world, backend=self.backend, limit_s=self.limit_s)
+
+    def check(self, scenario: str) -> None:
+        """Fails with what the ranks said; "exit": every rank ended by itself, with code 0."""
+        default = "" if scenario == "exit" else "not reached: an earlier scenario failed"
+        found = results(self.ended).get(scenario, default)
+        assert not found, found
+
+
+def each_scenario(runs: Run | dict[str, Run]) -> pytest.MarkDecorator:
+    """Parametrizes a test by ``run`` and ``scenario``, with marks; a run's name begins the ids."""
+    named = {"": runs} if isinstance(runs, Run) else runs
+    return pytest.mark.parametrize("run,scenario", [
+        pytest.param(run, scenario, id=f"{name}-{scenario}".lstrip("-"), marks=marks(run.backend))
+        for name, run in named.items() for scenario in [*run.scenarios, "exit"]])
+
+
+def marks(backend: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.multi, *([pytest.mark.gpu] * (backend == "nccl"))]
+
+
+def needs_gpus(count: int) -> None:
+    """Skips. Where there is no GPU at all conftest.py has skipped or failed the test before."""
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {'two' if count == 2 else count} GPUs, there are {torch.cuda.device_count()}")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For processes that find each other over loopback, whatever the host is called, and import the
+    same lina as this one, installed or not."""
+    folders = [str(HERE), str(Path(lina.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join(folders), **more}
+
+
+def torchrun(command: list[str], **more: str) -> list[tuple[str, str]]:
+    """What two ranks wrote that were started as torchrun does, without the seconds that it takes itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more)
+    ranks = [subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
+    try:
+        said = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    texts = "\n".join(text[-3000:] for two in said for text in two)
+    assert [rank.returncode for rank in ranks] == [0, 0], texts
+    return said
+
+
+def spawned(run: subprocess.Popen) -> list[int]:
+    """The ranks that a command of lina's has started: its children, but for Python's resource tracker."""
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def launch(module: str, scenarios: Sequence[str], world: int, *, backend: str = "gloo",
+           timeout_s: float = 30, limit_s: float | None = None) -> list[Ended]:
+    """How each rank ended; ``timeout_s`` is the process group's, ``limit_s`` the parent's patience: by
+    default time for a start, on a loaded machine, and for several timeouts. Skips without GPUs enough."""
+    if backend == "nccl":
+        needs_gpus(world)
+    limit_s = 80 + 4 * timeout_s if limit_s is None else limit_s
     with tempfile.TemporaryDirectory() as folder:
         spec = json.dumps(dict(module=module, scenarios=scenarios, world=world, backend=backend,
                                timeout_s=timeout_s, folder=folder))
-        starter = subprocess.Popen([sys.executable, __file__, spec], env=env, start_new_session=True,
-                                   stderr=subprocess.PIPE, text=True)
+        starter = subprocess.Popen([sys.executable, __file__, spec], env=environment(NCCL_SOCKET_IFNAME="lo"),
+                                   text=True, start_new_session=True, stderr=subprocess.PIPE)
         said = ""
         try:
             _, said = starter.communicate(timeout=limit_s)
@@ -106,9 +190,6 @@ def _rank(spec: dict, rank: int) -> None:
 
 
 def _scenarios(spec: dict, rank: int) -> bool:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if spec["backend"] == "nccl":

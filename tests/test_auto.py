@@ -24,22 +24,15 @@ from lina.train import launch as train
 from lina.train import options
 from lina.train.resolve import resolve
 
-from ranks import launch, results
+from ranks import Run, each_scenario
 
 SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle")), "counted", "moved",
              "refused"]
-_done: dict[str, str] = {}    # one start of all ranks serves all scenarios
 
 
-@pytest.mark.multi
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "exit"])
-def test_ranks(scenario: str) -> None:
-    """``exit``: every rank ended by itself, with code 0."""
-    if not _done:
-        _done.update(results(launch("auto_worker", SCENARIOS, 2)))
-        _done.setdefault("exit", "")
-    found = _done.get(scenario, "not reached: an earlier scenario failed")
-    assert not found, found
+@each_scenario(Run("auto_worker", SCENARIOS, 2))
+def test_ranks(run: Run, scenario: str) -> None:
+    run.check(scenario)
 
 
 # ---- the decision alone ----
@@ -182,24 +175,18 @@ def profile(tmp_path, monkeypatch):
     return found.save()
 
 
-def _text(folder):
-    path = folder / "text.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(300)))
-    return str(path)
-
-
 @pytest.mark.multi
-def test_train_says_what_was_planned(tmp_path, profile):
+def test_train_says_what_was_planned(tmp_path, text, profile):
     out = tmp_path / "out"
-    train.launch(resolve(dict(TINY, data=_text(tmp_path), out=str(out), schedule="auto")))
+    train.launch(resolve(dict(TINY, data=text, out=str(out), schedule="auto")))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schedule"] == "auto"
     assert summary["plan"][0] == "schedule plain, 1/1 passes over c10d, ep 2"
     assert any("c10d lina 1/1" in line for line in summary["plan"])
 
 
-def test_train_refuses_before_it_starts(tmp_path, monkeypatch, profile):
-    given = dict(TINY, data=_text(tmp_path), out=str(tmp_path / "out"))
+def test_train_refuses_before_it_starts(tmp_path, monkeypatch, text, profile):
+    given = dict(TINY, data=text, out=str(tmp_path / "out"))
     for change, said in ((dict(transport="nccl"), "--transport: nccl, needs --device cuda"),
                          (dict(degree="3"), "--degree: 3, two numbers from 1 to 8, as in 3,3"),
                          (dict(degree="3,9"), "--degree: 3,9, two"),

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import lina
-
-from ranks import launch, results
+from ranks import Run, each_scenario, torchrun
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RUNS = {
@@ -31,24 +26,13 @@ RUNS = {
 def test_runs(name: str, tmp_path: Path) -> None:
     script, *options = RUNS[name]
     found = tmp_path / "found.json"
-    folders = [str(Path(lina.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
-           "LINA_PROFILE": str(tmp_path / "none.json"), "PYTHONPATH": os.pathsep.join(folders),
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, str(FOLDER / script), *options, "--device", "cpu", "--tiny", "--repeats", "1",
                "--json", str(found)]
-    ranks = [subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in "01"]
-    try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    (said, _), _ = torchrun(command, CUDA_VISIBLE_DEVICES="", LINA_PROFILE=str(tmp_path / "none.json"))
     told = json.loads(found.read_text())
     labels = options[options.index("--designs") + 1].split(",")
     timed = list(told["cases"][0]["designs"])
-    assert timed == [label for label in labels if label != "p2p"], said[0][-3000:]
+    assert timed == [label for label in labels if label != "p2p"], said[-3000:]
     assert list(told["machine"]["not_timed"]) == ["p2p"] * ("p2p" in labels)
     if name == "step":
         rows = told["cases"][0]["designs"]
@@ -58,20 +42,9 @@ def test_runs(name: str, tmp_path: Path) -> None:
         assert {sum(sent) for sent in rows["torch"]["rows_to_each_rank"]} == {64 * 4}
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 CHECKS = [f"layer:{fault}" for fault in ("row", "scale", "nan")] + ["steps:gradient", "steps:loss"]
-_done: dict[str, str] = {}
 
 
-@pytest.mark.multi
-@pytest.mark.parametrize("scenario", [*CHECKS, "exit"])
-def test_checks_refuse(scenario: str) -> None:
-    if not _done:
-        _done.update(results(launch("benchmark_worker", CHECKS, 2)))
-    found = _done.get(scenario, "" if scenario == "exit" else "not reached: an earlier scenario failed")
-    assert not found, found
+@each_scenario(Run("benchmark_worker", CHECKS, 2))
+def test_checks_refuse(run: Run, scenario: str) -> None:
+    run.check(scenario)

@@ -17,17 +17,10 @@ import lina
 from lina import cli, doctor, tracing
 from lina.train import checkpoint, launch
 
+from ranks import environment, spawned
+
 TINY = ["--dim=16", "--layers=2", "--heads=2", "--ffn-dim=16", "--experts=4", "--seq=32", "--batch=4",
         "--heldout-kib=2", "--sample=8", "--device=cpu", "--quiet"]
-
-
-def _main(capsys, *argv):
-    try:
-        code = cli.main(argv)
-    except SystemExit as leave:
-        code = leave.code
-    return code, *capsys.readouterr()
-
 
 BAD = [(["--dim", "0"], "--dim: 0, at least 2"),
        (["--dim", "30"], "--dim: 30, a multiple of 2 x --heads"),
@@ -54,28 +47,28 @@ BAD = [(["--dim", "0"], "--dim: 0, at least 2"),
 
 
 @pytest.mark.parametrize("argv,message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_bad_option_is_one_line_before_any_process(capsys, monkeypatch, tmp_path, argv, message):
+def test_bad_option_is_one_line_before_any_process(main, monkeypatch, tmp_path, argv, message):
     monkeypatch.setattr(launch.mp, "start_processes", lambda *a, **k: pytest.fail("a process was started"))
     monkeypatch.chdir(tmp_path)
-    code, out, err = _main(capsys, "train", "--device", "cpu", *argv)
+    code, out, err = main("train", "--device", "cpu", *argv)
     assert code == cli.BAD_OPTION and out == ""
     assert message in err and err.startswith("lina") and ": error: " in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cuda_without_a_gpu(capsys, monkeypatch):
+def test_cuda_without_a_gpu(main, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, _, err = _main(capsys, "train", "--device", "cuda")
+    code, _, err = main("train", "--device", "cuda")
     assert code == cli.BAD_OPTION and "--device: cuda, but torch finds no GPU" in err
 
 
-def test_version_and_help(capsys):
-    assert _main(capsys, "--version") == (0, f"lina {lina.__version__}\n", "")
-    code, out, _ = _main(capsys, "--help")
+def test_version_and_help(main):
+    assert main("--version") == (0, f"lina {lina.__version__}\n", "")
+    code, out, _ = main("--help")
     assert code == 0 and all(command in out for command in ("train", "doctor", "trace"))
-    code, out, _ = _main(capsys, "train", "--help")
+    code, out, _ = main("train", "--help")
     assert code == 0 and "--top-k" in out and "(default: 2)" in out
-    code, _, err = _main(capsys)
+    code, _, err = main()
     assert code == cli.BAD_OPTION and err.count("\n") == 1
 
 
@@ -84,10 +77,9 @@ def _start(tmp_path, *more, wait_for=None):
 
     Returns once there is a checkpoint, or `wait_for(run)` is true.
     """
-    path = os.pathsep.join([str(Path(lina.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "lina.cli", "train", *TINY, "--steps", "100000", "--save-every", "1",
                "--out", str(tmp_path / "out"), *more]
-    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, text=True,
+    run = subprocess.Popen(command, env=environment(), cwd=tmp_path, text=True,
                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (wait_for(run) if wait_for else (tmp_path / "out/checkpoint/manifest.json").is_file()):
@@ -95,12 +87,6 @@ def _start(tmp_path, *more, wait_for=None):
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.05)
     return run
-
-
-def _ranks(run):
-    """The processes that run the ranks: the launcher's children, but for Python's resource tracker."""
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def _gone(pids):
@@ -114,7 +100,7 @@ def _gone(pids):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_killed_rank_ends_the_launch_with_one_error(tmp_path):
     run = _start(tmp_path)
-    ranks = _ranks(run)
+    ranks = spawned(run)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     _, err = run.communicate(timeout=60)
@@ -131,7 +117,7 @@ def test_a_killed_rank_ends_the_launch_with_one_error(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_ctrl_c_ends_cleanly_and_names_the_checkpoint(tmp_path):
     run = _start(tmp_path)
-    ranks = _ranks(run)
+    ranks = spawned(run)
     os.killpg(run.pid, signal.SIGINT)                   # as a terminal does: everyone gets it
     _, err = run.communicate(timeout=60)
     assert run.returncode == cli.INTERRUPTED and _gone(ranks)
@@ -143,8 +129,8 @@ def test_ctrl_c_ends_cleanly_and_names_the_checkpoint(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_launcher_killed_at_once_leaves_no_rank(tmp_path):
     """Before the ranks have asked the system to be told of it."""
-    run = _start(tmp_path, wait_for=lambda run: len(_ranks(run)) == 2)
-    ranks = _ranks(run)
+    run = _start(tmp_path, wait_for=lambda run: len(spawned(run)) == 2)
+    ranks = spawned(run)
     run.kill()
     run.wait()
     assert _gone(ranks)
@@ -152,17 +138,17 @@ def test_a_launcher_killed_at_once_leaves_no_rank(tmp_path):
 
 
 @pytest.mark.multi
-def test_an_error_in_a_rank_is_one_line(capsys, tmp_path):
+def test_an_error_in_a_rank_is_one_line(main, tmp_path):
     """A learning rate that no loss survives."""
-    code, _, err = _main(capsys, "train", *TINY, "--steps", "40", "--lr", "1e30", "--clip", "1e30",
-                           "--out", str(tmp_path / "out"))
+    code, _, err = main("train", *TINY, "--steps", "40", "--lr", "1e30", "--clip", "1e30",
+                        "--out", str(tmp_path / "out"))
     assert code == cli.FAILED
     assert "gradient's norm nan; try a smaller --lr" in err and err.strip().count("\n") == 0
     assert "Traceback" in (tmp_path / "out" / "error.txt").read_text()
 
 
-def test_doctor(capsys, tmp_path):
-    code, out, err = _main(capsys, "doctor", "--json", str(tmp_path / "d.json"))
+def test_doctor(main, tmp_path):
+    code, out, err = main("doctor", "--json", str(tmp_path / "d.json"))
     assert code == 0 and err == ""
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["torch"] == torch.__version__ and found["lina"] == lina.__version__
@@ -172,7 +158,7 @@ def test_doctor(capsys, tmp_path):
     assert len(found["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert all(word in out for word in ("lina ", "torch ", "path ", "transport   c10d: works here"))
     bad = str(tmp_path / "none" / "d.json")
-    code, again, err = _main(capsys, "doctor", "--json", bad)
+    code, again, err = main("doctor", "--json", bad)
     assert code == cli.BAD_OPTION and again == out
     assert err == f"lina doctor: error: --json: {bad}, cannot be written: No such file or directory\n"
 
@@ -216,15 +202,15 @@ def test_doctor_says_which_transports_work(change, nccl, p2p):
     assert doctor._transports({**HAS, **change}) == {"c10d": None, "nccl": nccl, "p2p": p2p}
 
 
-def test_trace_command(capsys, tmp_path):
+def test_trace_command(main, tmp_path):
     path = tmp_path / "step.json"
     with tracing.trace(path):
         with tracing.span("a2a", "dispatch"):
             time.sleep(0.01)
-    code, out, err = _main(capsys, "trace", str(path), "--json", str(tmp_path / "t.json"))
+    code, out, err = main("trace", str(path), "--json", str(tmp_path / "t.json"))
     assert code == 0 and err == ""
     assert all(word in out for word in ("compute ", "a2a ", "allreduce ", "waiting ", "hidden "))
     assert (tmp_path / "step.json.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "t.json").read_text())["waiting"] > 0
-    code, _, err = _main(capsys, "trace", str(tmp_path / "none.json"))
+    code, _, err = main("trace", str(tmp_path / "none.json"))
     assert code == cli.BAD_OPTION and "none.json" in err and err.count("\n") == 1

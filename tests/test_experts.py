@@ -222,57 +222,28 @@ def raw(case):
     """Detached inputs, sorted rows and saved h."""
     v = {n: t.detach() for n, t in case.low.items()}
     rows = ops.sort(case.expert, v["w_up"].shape[0])
-    _, h = torch.ops.lina.experts_fwd(
-        v["x"],
-        rows.offset_E1,
-        rows.row_pair_N,
-        v["w_up"],
-        None,
-        v["w_down"],
-        None,
-        case.expert.shape[1],
-        *OPTIONS,
-        True,
-    )
+    _, h = torch.ops.lina.experts_fwd(*forward_args({**v, "b_up": None, "b_down": None}, rows))
     return v, rows, h
+
+
+def forward_args(v, rows):
+    """Of the raw operator, with its result's h."""
+    return (v["x"], rows.offset_E1, rows.row_pair_N, v["w_up"], v["b_up"], v["w_down"], v["b_down"],
+            rows.pair_row_TK.shape[1], *OPTIONS, True)
+
+
+def backward_args(dy, v, rows, h):
+    """Of its backward: all six gradients."""
+    return dy, v["weight"], v["x"], h, *rows, v["w_up"], v["w_down"], v["b_down"], *OPTIONS, 63
 
 
 @pytest.mark.parametrize("dtype, transposed", [(torch.float32, True), (torch.bfloat16, False)])
 def test_opcheck(device, dtype, transposed):
     case = Case(6, 16, 8, 4, 2, dtype, device, transposed=transposed)
     v, rows, h = raw(case)
-    torch.library.opcheck(
-        torch.ops.lina.experts_fwd,
-        (
-            v["x"],
-            rows.offset_E1,
-            rows.row_pair_N,
-            v["w_up"],
-            v["b_up"],
-            v["w_down"],
-            v["b_down"],
-            2,
-            *OPTIONS,
-            True,
-        ),
-        test_utils=OPCHECKS,
-    )
-    torch.library.opcheck(
-        torch.ops.lina.experts_bwd,
-        (
-            case.dout.to(device=device, dtype=dtype),
-            v["weight"],
-            v["x"],
-            h,
-            *rows,
-            v["w_up"],
-            v["w_down"],
-            v["b_down"],
-            *OPTIONS,
-            63,
-        ),
-        test_utils=OPCHECKS,
-    )
+    torch.library.opcheck(torch.ops.lina.experts_fwd, forward_args(v, rows), test_utils=OPCHECKS)
+    dy = case.dout.to(device=device, dtype=dtype)
+    torch.library.opcheck(torch.ops.lina.experts_bwd, backward_args(dy, v, rows, h), test_utils=OPCHECKS)
 
 
 def test_fake_layouts(device):

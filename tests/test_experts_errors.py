@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_experts import OPTIONS, raw
+from test_experts import OPTIONS, backward_args, forward_args, raw
 
 from lina import ops
 
@@ -15,9 +15,15 @@ def uses(t):
     return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
 
 
-def changed(good, change):
-    """A function in ``change`` is applied to the good argument."""
-    return {**good, **{n: v(good[n]) if callable(v) else v for n, v in change.items()}}
+def assert_refused(op, names, good, change, text):
+    """The error, and no reference left behind; a function in ``change`` is applied to the good argument."""
+    good = dict(zip(names, good, strict=True))
+    args = {**good, **{n: v(good[n]) if callable(v) else v for n, v in change.items()}}.values()
+    held = [t for t in args if isinstance(t, torch.Tensor)]
+    before = [uses(t) for t in held]
+    with pytest.raises(RuntimeError, match=text):
+        op(*args)
+    assert [uses(t) for t in held] == before
 
 
 FWD = (
@@ -78,30 +84,7 @@ FWD = (
 def test_forward_errors(change, text):
     """Each error names operator, argument, value and limit, and leaves no reference behind."""
     v, rows, _ = raw(Case(6, 16, 8, 4, 2))
-    good = dict(
-        zip(
-            FWD,
-            (
-                v["x"],
-                rows.offset_E1,
-                rows.row_pair_N,
-                v["w_up"],
-                v["b_up"],
-                v["w_down"],
-                v["b_down"],
-                2,
-                *OPTIONS,
-                True,
-            ),
-            strict=True,
-        )
-    )
-    args = tuple(changed(good, change).values())
-    held = [t for t in args if isinstance(t, torch.Tensor)]
-    before = [uses(t) for t in held]
-    with pytest.raises(RuntimeError, match=text):
-        torch.ops.lina.experts_fwd(*args)
-    assert [uses(t) for t in held] == before
+    assert_refused(torch.ops.lina.experts_fwd, FWD, forward_args(v, rows), change, text)
 
 
 BWD = (
@@ -142,30 +125,8 @@ BWD = (
 )
 def test_backward_errors(change, text):
     v, rows, h = raw(Case(6, 16, 8, 4, 2))
-    good = dict(
-        zip(
-            BWD,
-            (
-                torch.zeros(6, 16),
-                v["weight"],
-                v["x"],
-                h,
-                *rows,
-                v["w_up"],
-                v["w_down"],
-                v["b_down"],
-                *OPTIONS,
-                63,
-            ),
-            strict=True,
-        )
-    )
-    args = tuple(changed(good, change).values())
-    held = [t for t in args if isinstance(t, torch.Tensor)]
-    before = [uses(t) for t in held]
-    with pytest.raises(RuntimeError, match=text):
-        torch.ops.lina.experts_bwd(*args)
-    assert [uses(t) for t in held] == before
+    good = backward_args(torch.zeros(6, 16), v, rows, h)
+    assert_refused(torch.ops.lina.experts_bwd, BWD, good, change, text)
 
 
 def test_rows_of_another_sort():

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-import torch
 
-from ranks import Ended, launch, results
+from ranks import Ended, Run, each_scenario, launch, marks, results
 
 TIMEOUT_S = {"gloo": 3, "nccl": 8}     # the process group's
 HANG_S = {"gloo": 9, "nccl": 30}       # until a rank that hangs leaves: the others are gone long before
@@ -20,15 +19,6 @@ START_S = 60                           # starting torch and two good steps, on a
 TRANSPORTS = ("c10d", "nccl", "p2p")
 WORLD = {"gloo": 4, "nccl": 2}         # gloo: (dp, ep) = (2, 2), the victim is rank 3: rank 2 shares its
                                        # tokens, 1 its experts, 0 neither
-
-
-def marks(backend: str) -> list:
-    return [pytest.mark.multi, *([pytest.mark.gpu] * (backend == "nccl"))]
-
-
-def enough_gpus(backend: str) -> None:
-    if backend == "nccl" and torch.cuda.device_count() < WORLD[backend]:
-        pytest.skip(f"needs {WORLD[backend]} GPUs, there are {torch.cuda.device_count()}")
 
 
 # ---- ranks that stop ----
@@ -66,7 +56,6 @@ def beside(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
                          [pytest.param(*s, marks=marks(s[0]), id="-".join(s)) for s in STOPS])
 def test_survivors_report(beside: dict, backend: str, transport: str, schedule: str, where: str,
                           how: str) -> None:
-    enough_gpus(backend)
     world, timeout_s = WORLD[backend], TIMEOUT_S[backend]
     case = backend, transport, schedule, where, how
     ended = beside[case].result() if case in beside else stopped(backend, *scenario_of(*case))
@@ -74,12 +63,10 @@ def test_survivors_report(beside: dict, backend: str, transport: str, schedule: 
     said = results(ended).get(scenario, "")
     for rank, end in enumerate(ended):
         assert "four steps done" not in end.out, f"rank {rank} went on without rank {world - 1}"
-        started = [float(line.split()[-1]) for line in end.out.splitlines() if line.startswith("failing at")]
         if rank == world - 1:
             assert end.code == {"kill": -signal.SIGKILL, "hang": 3, "raise": 1}[how], said
             continue
-        assert started, f"rank {rank} did not reach the third step:\n{end.err[-2000:]}"
-        took = end.at - started[0]
+        took = end.at - end.time_of("failing")
         assert end.code is not None, f"rank {rank} hangs:\n{end.err[-2000:]}"
         # the exchange's timeout, on CUDA torch's own watchdog besides, and time for a process to end
         limit = (timeout_s if backend == "gloo" else 2 * timeout_s) + 10
@@ -98,23 +85,17 @@ def test_survivors_report(beside: dict, backend: str, transport: str, schedule: 
 
 # ---- ranks that disagree, buffers too small, NaN ----
 
+BOTH = ("plain", "lina")
 STAYS = {
     "gloo": [*(f"odd_one:2:c10d:{degree}" for degree in (1, 3)), "odd_model:2", "odd_model:4",
-             *(f"nan:{ep}:c10d:{schedule}" for ep in (1, 2, 4) for schedule in ("plain", "lina"))],
+             *(f"nan:{ep}:c10d:{schedule}" for ep in (1, 2, 4) for schedule in BOTH)],
     "nccl": ["odd_one:2:c10d:3", "odd_one:2:nccl:3", "odd_one:2:p2p:1", "odd_model:2", "over_the_cap",
-             *(f"nan:2:{transport}:{schedule}" for transport in TRANSPORTS
-               for schedule in ("plain", "lina"))],
+             *(f"nan:2:{transport}:{schedule}" for transport in TRANSPORTS for schedule in BOTH)],
 }
-_done: dict[str, dict[str, str]] = {}     # one start of all ranks serves all scenarios of a backend
 
 
-@pytest.mark.parametrize("backend,scenario", [
-    pytest.param(backend, scenario, marks=marks(backend), id=f"{backend}-{scenario}")
-    for backend, scenarios in STAYS.items() for scenario in [*scenarios, "exit"]])
-def test_ranks_stay(backend: str, scenario: str) -> None:
-    """Errors and NaN after which every rank goes on. ``exit``: every rank ended by itself, with code 0."""
-    enough_gpus(backend)
-    if backend not in _done:
-        _done[backend] = results(launch("faults_worker", STAYS[backend], WORLD[backend], backend=backend))
-    found = _done[backend].get(scenario, "" if scenario == "exit" else "not reached: an earlier one failed")
-    assert not found, found
+@each_scenario({backend: Run("faults_worker", scenarios, WORLD[backend], backend)
+                for backend, scenarios in STAYS.items()})
+def test_ranks_stay(run: Run, scenario: str) -> None:
+    """Errors and NaN after which every rank goes on."""
+    run.check(scenario)

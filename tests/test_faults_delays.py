@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 
 from ranks import launch, results
 
@@ -26,8 +25,6 @@ A_RUN_S = 5.0                # what one run may take: some 30 collectives, each 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_delays(kind: str) -> None:
     sizes, transports, schedules, world, backend = KINDS[kind]
-    if backend == "nccl" and torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
     each = -(-RUNS // len(sizes)) or 6
     scenarios = [f"delays:{ep}:{transport}:{schedule}:{each}" for ep in sizes for transport in transports
                  for schedule in schedules]

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import lina
 from lina import cli
 from lina.train import checkpoint
+
+from ranks import environment, needs_gpus, spawned
 
 pytestmark = [pytest.mark.multi,
               pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -29,10 +30,7 @@ LIMIT_S = 120                # for starting, which is most of it
 
 
 def start(*argv: str) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1",
-           "PYTHONPATH": os.pathsep.join([str(Path(lina.__file__).parents[1]),
-                                          os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen([sys.executable, "-m", "lina.cli", "train", *argv], env=env, text=True,
+    return subprocess.Popen([sys.executable, "-m", "lina.cli", "train", *argv], env=environment(), text=True,
                             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -71,8 +69,7 @@ def kill_a_rank(out: Path, *argv: str) -> None:
             assert run.poll() is None, run.communicate()
             assert time.monotonic() < deadline, f"no second checkpoint within {LIMIT_S} s"
             time.sleep(0.01)
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        ranks = [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        ranks = spawned(run)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
         killed = time.monotonic()
@@ -100,11 +97,10 @@ CASES = [("cpu", "lina", "c10d"),      # test_train.py resumes plain runs
 
 
 @pytest.mark.parametrize("device,schedule,transport", CASES)
-def test_last_checkpoint_resumes(tmp_path: Path, device: str, schedule: str, transport: str) -> None:
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip(f"needs 2 GPUs, there are {torch.cuda.device_count()}")
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(1000)))
+def test_last_checkpoint_resumes(tmp_path: Path, text: str, device: str, schedule: str,
+                                 transport: str) -> None:
+    if device == "cuda":
+        needs_gpus(2)
     how = [f"--device={device}", f"--data={text}", f"--schedule={schedule}", f"--transport={transport}"]
     out, whole = tmp_path / "out", tmp_path / "whole"
     kill_a_rank(out, *how)

@@ -4,62 +4,49 @@ from __future__ import annotations
 
 import random
 import signal
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from lina import _C
+from lina.parallel.gradients.peer_reduce import PeerReducer
+from lina.parallel.tokens.p2p import moe
 from lina.parallel.transport.peers import Peers
 
-from ranks import launch, results
+from helpers import take_turns
+from ranks import Run, each_scenario, launch
 
 KINDS = ("random", "one", "none")
 DISAGREEMENTS = ("D", "K", "number of experts", "dtype of x", "need of gradients")
 SCENARIOS = [*(f"parity:{kind}" for kind in KINDS), "many_tokens", "ways", "priority", "degree", "layers",
-             "graph",
+             "growth", "graph",
              *(f"disagreement:{what}" for what in DISAGREEMENTS), "refusals",
              *(f"broken:{how}" for how in ("overflow", "mismatch", "absent"))]
-WORLD = 2
-GPU = [pytest.mark.multi, pytest.mark.gpu]
-_done: dict[str, str] = {}
 
 
-def needs_gpus() -> None:
-    if torch.cuda.device_count() < WORLD:
-        pytest.skip(f"needs {WORLD} GPUs, there are {torch.cuda.device_count()}")
-
-
-@pytest.mark.parametrize("scenario", [pytest.param(s, marks=GPU) for s in [*SCENARIOS, "exit"]])
-def test_ranks(scenario: str) -> None:
-    """``exit``: every rank ended by itself, with code 0."""
-    needs_gpus()
-    if not _done:
-        ended = launch("p2p_worker", SCENARIOS, WORLD, backend="nccl")
-        _done.update(results(ended) or {"exit": "nothing ran"})
-    found = _done.get(scenario, "" if scenario == "exit" else "not reached: an earlier scenario failed")
-    assert not found, found
+@each_scenario(Run("p2p_worker", SCENARIOS, 2, "nccl"))
+def test_ranks(run: Run, scenario: str) -> None:
+    run.check(scenario)
 
 
 @pytest.mark.gpu
 @pytest.mark.multi
 def test_killed() -> None:
     """The peers of a rank that was killed have an error that names it, and live on to say so."""
-    needs_gpus()
-    *others, last = launch("p2p_worker", ["broken:kill"], WORLD, backend="nccl", timeout_s=5, limit_s=60)
+    *others, last = launch("p2p_worker", ["broken:kill"], 2, backend="nccl", timeout_s=5)
     assert last.code == -signal.SIGKILL, last.err[-2000:]
     for end in others:
         assert "survived: " in end.out, f"{end.out[-2000:]}\n{end.err[-2000:]}"
 
 
-def test_needs_several_ranks() -> None:
-    """One rank has no peers; a build without CUDA has no kernels."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="has 1 ranks, limit 2"):
-            Peers(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.parametrize("made", [Peers, PeerReducer])
+def test_needs_several_ranks(alone: None, made: type) -> None:
+    """One rank has no peers."""
+    with pytest.raises(ValueError, match="has 1 ranks, limit 2"):
+        made(dist.group.WORLD)
 
 
 @pytest.mark.parametrize("rank,ep,tokens,timeout_s", [(0, 9, 1, 1.0),          # more ranks than flags
@@ -75,116 +62,86 @@ def test_limits(rank: int, ep: int, tokens: int, timeout_s: float) -> None:
         _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0)
 
 
-def model_of_rank(rank: int, memory: list[dict], rounds: int, waits_in_collect: bool):
-    """One rank as csrc/cuda/peers.h describes it; yields wherever another may come between."""
-    ranks = range(len(memory))
-    for n in range(1, rounds + 1):
-        for d in ranks:
-            memory[d]["out", rank] = n
-            yield
-        for d in ranks:
-            memory[d]["out flag", rank] = n
-            yield
-        for s in ranks:
-            while memory[rank]["out flag", s] != n:
-                yield
-        for s in ranks:                                   # the experts read rows where they arrived
-            yield
-            assert memory[rank]["out", s] == n, f"rank {rank} read {memory[rank]['out', s]}, not {n}"
-        for d in ranks:
-            memory[d]["back", rank] = n
-            yield
-        for d in ranks:
-            memory[d]["back flag", rank] = n
-            yield
-        for s in ranks:
-            while waits_in_collect and memory[rank]["back flag", s] != n:
-                yield
-        for s in ranks:
-            yield
-            assert memory[rank]["back", s] == n, f"rank {rank} summed {memory[rank]['back', s]}, not {n}"
+def test_ids_of_another_dtype() -> None:
+    """One line that says so, before anything is sent; parallel.moe converts them."""
+    x, weight, w_up, w_down = (torch.zeros(s) for s in ((3, 4), (3, 2), (2, 6, 4), (2, 4, 3)))
+    peers = SimpleNamespace(device=x.device, ep=2)
+    with pytest.raises(ValueError, match=r"p2p: expert is torch\.int64, must be int32"):
+        moe(x, weight, torch.zeros(3, 2, dtype=torch.int64), w_up, w_down, experts=4, peers=peers)
 
 
-def model_by_ranges(rank: int, memory: list[dict], rounds: int, waits_in_collect: bool):
-    """The same where collect sums while it sends (csrc/cuda/peers_collect_bulk.cuh): rows in 3 ranges, of
-    which this rank's tokens need some; senders and summers take turns as they like."""
+def model_of_rank(rank: int, memory: list[dict], rounds: int, waits_in_collect: bool, by_ranges: bool):
+    """One rank as csrc/cuda/peers.h describes it; yields wherever another may come between.
+
+    ``by_ranges``: collect sums while it sends (csrc/cuda/peers_collect_bulk.cuh): rows in 3 ranges, of which
+    this rank's tokens need some; senders and summers take turns as they like.
+    """
     ranks, draw = range(len(memory)), random.Random(rank)
 
-    def send(n: int):
-        for c in range(3):
+    def send(n: int, what: str, c: int = 0):
+        for part in (what, f"{what} flag"):
             for d in ranks:
-                memory[d]["back", rank, c] = n
-                yield
-            for d in ranks:
-                memory[d]["back flag", rank, c] = n
+                memory[d][part, rank, c] = n
                 yield
 
-    def add(n: int):
-        needed = [(s, c) for c in range(3) for s in ranks if draw.random() < 0.3]
-        for s, c in needed:
-            while memory[rank].get(("back flag", s, c)) != n:
-                yield
+    def wait(n: int, what: str, s: int, c: int = 0):
+        while memory[rank][f"{what} flag", s, c] != n:
             yield
-            found = memory[rank]["back", s, c]
-            assert found == n, f"rank {rank} summed {found}, not {n}"
 
-    def watch(n: int):
-        for s in ranks:
-            while waits_in_collect and memory[rank].get(("back flag", s, 2)) != n:
-                yield
+    def read(n: int, what: str, s: int, c: int = 0):
         yield
+        found = memory[rank][what, s, c]
+        assert found == n, f"rank {rank} read {found} of {s}'s {what}, not {n}"
+
+    def send_ranges(n: int):
+        for c in range(3):
+            yield from send(n, "back", c)
+
+    def add_ranges(n: int):
+        for s, c in [(s, c) for c in range(3) for s in ranks if draw.random() < 0.3]:
+            yield from wait(n, "back", s, c)
+            yield from read(n, "back", s, c)
+
+    def wait_for_all(n: int, what: str, c: int = 0):
+        for s in ranks:
+            yield from wait(n, what, s, c)
 
     for n in range(1, rounds + 1):
-        for d in ranks:
-            memory[d]["out", rank] = n
-            yield
-        for d in ranks:
-            memory[d]["out flag", rank] = n
-            yield
-        for s in ranks:
-            while memory[rank]["out flag", s] != n:
+        yield from send(n, "out")
+        yield from wait_for_all(n, "out")
+        for s in ranks:                                   # the experts read rows where they arrived
+            yield from read(n, "out", s)
+        if by_ranges:
+            warps = [send_ranges(n), add_ranges(n), *([wait_for_all(n, "back", 2)] * waits_in_collect)]
+            while warps:
+                one = draw.choice(warps)
+                if next(one, "ended") == "ended":
+                    warps.remove(one)
                 yield
+            continue
+        yield from send(n, "back")
+        if waits_in_collect:
+            yield from wait_for_all(n, "back")
         for s in ranks:
-            yield
-            assert memory[rank]["out", s] == n, f"rank {rank} read {memory[rank]['out', s]}, not {n}"
-        warps = [send(n), add(n), watch(n)]
-        while warps:
-            one = draw.choice(warps)
-            if next(one, "ended") == "ended":
-                warps.remove(one)
-            yield
+            yield from read(n, "back", s)
 
 
-def run_model(seed: int, world: int, waits_in_collect: bool = True, model=model_of_rank) -> None:
-    draw = random.Random(seed)
-    memory = [{(kind, s): 0 for kind in ("out", "out flag", "back", "back flag") for s in range(world)}
-              for _ in range(world)]
-    running = [model(r, memory, 4, waits_in_collect) for r in range(world)]
-    for _ in range(100_000):
-        if not running:
-            return
-        # one rank runs ahead for a while, as when another's kernel starts late
-        chosen = draw.choice(running)
-        for _ in range(draw.choice((1, 3, 40))):
-            try:
-                next(chosen)
-            except StopIteration:
-                running.remove(chosen)
-                break
-    raise AssertionError("the ranks wait for each other for ever")
+def run_model(seed: int, world: int, by_ranges: bool, waits_in_collect: bool = True) -> None:
+    memory: list[dict] = [defaultdict(int) for _ in range(world)]
+    take_turns([model_of_rank(r, memory, 4, waits_in_collect, by_ranges) for r in range(world)], seed)
 
 
-@pytest.mark.parametrize("model", [model_of_rank, model_by_ranges])
+@pytest.mark.parametrize("by_ranges", [False, True], ids=["whole", "ranges"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_buffers_are_free_again(world: int, model) -> None:
+def test_buffers_are_free_again(world: int, by_ranges: bool) -> None:
     """The argument of csrc/cuda/peers.h, as a model: under random delays no round overwrites unread rows."""
     for seed in range(100):
-        run_model(seed, world, model=model)
+        run_model(seed, world, by_ranges)
 
 
-@pytest.mark.parametrize("model", [model_of_rank, model_by_ranges])
-def test_model_sees_a_missing_wait(model) -> None:
+@pytest.mark.parametrize("by_ranges", [False, True], ids=["whole", "ranges"])
+def test_model_sees_a_missing_wait(by_ranges: bool) -> None:
     """The model is no mere tautology: without collect's wait it finds the error."""
     with pytest.raises(AssertionError, match=r"not [0-9]|for ever"):
         for seed in range(150):
-            run_model(seed, 2, waits_in_collect=False, model=model)
+            run_model(seed, 2, by_ranges, waits_in_collect=False)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
-from ranks import launch, results
+from ranks import Run, each_scenario
 
 LAYOUTS = (1, 2, 4)                       # ep of a world of 4; dp = 4, 2, 1
 DISAGREEMENTS = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients")
@@ -27,27 +24,16 @@ def exchange() -> list[str]:
             *(f"same_as_plain:{how}" for how in ("checkpoint", "reentrant", "hook", "trace"))]
 
 
-RUNS = {                                  # name -> (module, scenarios, ranks, backend)
-    "train4": ("parallel_worker", training(LAYOUTS), 4, "gloo"),
-    "train2": ("parallel_worker", [f"parity:{ep}:deepseek" for ep in (1, 2)], 2, "gloo"),
-    "compile2": ("exchange_worker", ["same_as_plain:compile"], 2, "gloo"),
-    "exchange4": ("exchange_worker", exchange(), 4, "gloo"),
-    "gpu-train2": ("parallel_worker", training((1, 2)), 2, "nccl"),
-    "gpu-exchange2": ("exchange_worker", exchange(), 2, "nccl"),
+RUNS = {
+    "train4": Run("parallel_worker", training(LAYOUTS), 4),
+    "train2": Run("parallel_worker", [f"parity:{ep}:deepseek" for ep in (1, 2)], 2),
+    "compile2": Run("exchange_worker", ["same_as_plain:compile"], 2),
+    "exchange4": Run("exchange_worker", exchange(), 4),
+    "gpu-train2": Run("parallel_worker", training((1, 2)), 2, "nccl"),
+    "gpu-exchange2": Run("exchange_worker", exchange(), 2, "nccl"),
 }
-CASES = [pytest.param(run, name, id=f"{run}-{name}", marks=[pytest.mark.multi, *([pytest.mark.gpu] * gpu)])
-         for run, (_, scenarios, _, backend) in RUNS.items() for name in [*scenarios, "exit"]
-         for gpu in [backend == "nccl"]]
-_done: dict[str, dict[str, str]] = {}     # one start of all ranks serves all scenarios of a run
 
 
-@pytest.mark.parametrize("run,scenario", CASES)
-def test_ranks(run: str, scenario: str) -> None:
-    """``exit``: every rank ended by itself, with code 0."""
-    module, scenarios, world, backend = RUNS[run]
-    if backend == "nccl" and torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
-    if run not in _done:
-        _done[run] = results(launch(module, scenarios, world, backend=backend))
-    found = _done[run].get(scenario, "" if scenario == "exit" else "not reached: an earlier scenario failed")
-    assert not found, found
+@each_scenario(RUNS)
+def test_ranks(run: Run, scenario: str) -> None:
+    run.check(scenario)

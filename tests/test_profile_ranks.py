@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +19,7 @@ from lina.parallel import CostModel, ExpertShape
 from lina.profile import command, exchange, exchanges, register, registered, unregister
 from lina.train import launch
 
-from ranks import launch as launch_ranks
-from ranks import results
+from ranks import Run, each_scenario, needs_gpus, torchrun
 
 SIZES = (4096, 16384, 65536)
 TINY = ["--dim=16", "--ffn-dim=16", "--experts=4"]      # passes and products that take no time
@@ -110,20 +105,12 @@ def transports(device):
 SCENARIOS = ("one_model", "slowest", "refusals", "transports")
 
 
-@pytest.mark.multi
-def test_two_ranks():
-    assert results(launch_ranks("test_profile_ranks", list(SCENARIOS), 2)) == dict.fromkeys(SCENARIOS, "")
+@each_scenario(Run("test_profile_ranks", SCENARIOS, 2))
+def test_two_ranks(run: Run, scenario: str) -> None:
+    run.check(scenario)
 
 
 # ---- the command ----
-
-
-def _main(capfd, *argv):
-    try:
-        code = cli.main(["profile", *argv])
-    except SystemExit as leave:
-        code = leave.code
-    return code, *capfd.readouterr()
 
 
 BAD = [(["--ranks", "0"], "--ranks: 0, at least 1"),
@@ -144,19 +131,19 @@ BAD = [(["--ranks", "0"], "--ranks: 0, at least 1"),
 
 
 @pytest.mark.parametrize("argv,message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_bad_option_is_one_line_before_any_process(capfd, monkeypatch, tmp_path, argv, message):
+def test_bad_option_is_one_line_before_any_process(main, monkeypatch, tmp_path, argv, message):
     monkeypatch.setattr(launch.mp, "start_processes", lambda *a, **k: pytest.fail("a process was started"))
     monkeypatch.setenv("LINA_PROFILE", str(tmp_path / "m.json"))
-    code, out, err = _main(capfd, "--device=cpu", *argv)
+    code, out, err = main("profile", "--device=cpu", *argv)
     assert code == cli.BAD_OPTION and out == "" and list(tmp_path.iterdir()) == []
     assert message in err and err.startswith("lina") and ": error: " in err and err.count("\n") == 1
 
 
-def test_a_cache_folder_that_cannot_be_made(capfd, monkeypatch, tmp_path):
+def test_a_cache_folder_that_cannot_be_made(main, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("LINA_PROFILE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    code, _, err = _main(capfd, "--device=cpu")
+    code, _, err = main("profile", "--device=cpu")
     assert code == cli.BAD_OPTION and "its folder cannot be made: Not a directory" in err
 
 
@@ -169,10 +156,10 @@ def _check_files(tmp_path, said, world=2):
 
 
 @pytest.mark.multi
-def test_command_writes_what_it_promises(capfd, monkeypatch, tmp_path):
+def test_command_writes_what_it_promises(main, monkeypatch, tmp_path):
     monkeypatch.setenv("LINA_PROFILE", str(tmp_path / "m.json"))
     start = time.perf_counter()
-    code, out, err = _main(capfd, "--ranks=2", "--device=cpu", "--budget=1", *TINY,
+    code, out, err = main("profile", "--ranks=2", "--device=cpu", "--budget=1", *TINY,
                            f"--json={tmp_path}/j.json", f"--png={tmp_path}/p.png")
     assert code == 0 and err == "", err
     assert out.startswith("measuring a2a c10d ...\n") and "measuring gemm" in out
@@ -186,19 +173,8 @@ def test_command_writes_what_it_promises(capfd, monkeypatch, tmp_path):
 
 @pytest.mark.multi
 def test_command_joins_ranks_that_torchrun_started(tmp_path):
-    """Started as it starts them, but without the seconds that it takes itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join([str(Path(lina.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2",
-           "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    argv = [sys.executable, "-m", "lina.cli", "profile", "--device=cpu", "--budget=1", "--quiet", *TINY,
-            f"--out={tmp_path}/m.json"]
-    started = [subprocess.Popen(argv, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in ("0", "1")]
-    (out, err), (silent, error) = (run.communicate(timeout=120) for run in started)
-    assert [run.returncode for run in started] == [0, 0], err + error
+    command = [sys.executable, "-m", "lina.cli", "profile", "--device=cpu", "--budget=1", "--quiet", *TINY]
+    (out, _), (silent, _) = torchrun([*command, f"--out={tmp_path}/m.json"])
     assert silent == ""
     _check_files(tmp_path, out)
 
@@ -210,10 +186,10 @@ def _breaks(rank, *args):
 
 
 @pytest.mark.multi
-def test_a_rank_that_fails_is_one_line(capfd, monkeypatch, tmp_path):
+def test_a_rank_that_fails_is_one_line(main, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "_local_rank", _breaks)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code, out, err = _main(capfd, "--ranks=2", "--device=cpu", f"--out={tmp_path}/m.json")
+    code, out, err = main("profile", "--ranks=2", "--device=cpu", f"--out={tmp_path}/m.json")
     (log,) = tmp_path.glob("lina-profile-*.txt")
     assert (code, out) == (cli.FAILED, "")
     assert err == f"lina profile: error: rank 1: OSError: the link is down (traceback in {log})\n"
@@ -234,9 +210,9 @@ def test_one_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.multi
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus(capfd, tmp_path):
-    code, out, err = _main(capfd, "--ranks=2", "--device=cuda", "--budget=12", f"--out={tmp_path}/m.json")
+def test_two_gpus(main, tmp_path):
+    needs_gpus(2)
+    code, out, err = main("profile", "--ranks=2", "--device=cuda", "--budget=12", f"--out={tmp_path}/m.json")
     assert code == 0, err
     model = CostModel.load(tmp_path / "m.json", device="cuda", world=2)
     assert {(op, t) for op in ("a2a", "allreduce") for t in ("c10d", "nccl")} <= set(model.links), out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import lina
+from ranks import environment
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
@@ -29,9 +28,8 @@ def test_example_runs(number, tmp_path):
     script.write_text(code)
     ranks = "init_process_group" in code
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks else []
-    paths = [str(Path(lina.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run([sys.executable, *launcher, str(script)], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=200, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+                          text=True, timeout=200, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     if "lina.trace" in code:
         assert (tmp_path / "step.json").stat().st_size > 0

@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from lina import _C
-from lina.parallel.gradients.peer_reduce import PeerReducer
 
-from ranks import launch, results
+from helpers import take_turns
+from ranks import Run, each_scenario
 
 HEADER = Path(__file__).parents[1] / "csrc" / "cuda" / "peers_reduce.h"
 SCENARIOS = ["sums:False", "sums:True", "sequence:False", "sequence:True", "queue",
              "gives_way:False", "gives_way:True", "gives_up_waiting", "refusals",
              *(f"broken:{how}" for how in ("absent", "mismatch", "abort")), "graph"]
 WORLD = max(2, min(4, torch.cuda.device_count()))        # more than two ranks take another path
-_done: dict[str, str] = {}
 
 
-@pytest.mark.gpu
-@pytest.mark.multi
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "exit"])
-def test_ranks(scenario: str) -> None:
-    """``exit``: every rank ended by itself, with code 0."""
-    if torch.cuda.device_count() < WORLD:
-        pytest.skip(f"needs {WORLD} GPUs, there are {torch.cuda.device_count()}")
-    if not _done:
-        ended = launch("reduce_worker", SCENARIOS, WORLD, backend="nccl")
-        _done.update(results(ended) or {"exit": "nothing ran"})
-    found = _done.get(scenario, "" if scenario == "exit" else "not reached: an earlier scenario failed")
-    assert not found, found
-
-
-def test_needs_several_ranks() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="has 1 ranks, limit 2"):
-            PeerReducer(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+@each_scenario(Run("reduce_worker", SCENARIOS, WORLD, "nccl"))
+def test_ranks(run: Run, scenario: str) -> None:
+    run.check(scenario)
 
 
 @pytest.mark.parametrize("rank,ep,blocks,tile_bytes,scatter,words",
@@ -131,20 +110,8 @@ def model_of_rank(me: int, ranks: list[Rank], depth: int, slots: int, scatter: b
 
 
 def run_model(seed: int, world: int, scatter: bool, depth: int = DEPTH, slots: int = SLOTS) -> None:
-    draw = random.Random(seed)
     ranks = [Rank(world, slots) for _ in range(world)]
-    running = [model_of_rank(r, ranks, depth, slots, scatter) for r in range(world)]
-    for _ in range(20_000):
-        if not running:
-            return
-        chosen = draw.choice(running)                # the others pause
-        for _ in range(draw.choice((1, 5, 200))):
-            try:
-                next(chosen)
-            except StopIteration:
-                running.remove(chosen)
-                break
-    raise AssertionError("the ranks wait for each other for ever")
+    take_turns([model_of_rank(r, ranks, depth, slots, scatter) for r in range(world)], seed, (1, 5, 200))
 
 
 @pytest.mark.parametrize("world,scatter", [(2, False), (2, True), (3, True)])

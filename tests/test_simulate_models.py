@@ -101,25 +101,17 @@ def test_types():
 
 # ---- the command ----
 
-def _main(capsys, *argv):
-    try:
-        code = cli.main(["simulate", *argv])
-    except SystemExit as leave:
-        code = leave.code
-    return code, *capsys.readouterr()
-
-
-def test_command(capsys, tmp_path):
+def test_command(main, tmp_path):
     png, out = tmp_path / "x.png", tmp_path / "x.json"
-    code, text, err = _main(capsys, "--model", "gpt2", "--ranks", "4", "--straggle", "0.1", "--png", str(png),
-                            "--json", str(out))
+    code, text, err = main("simulate", "--model", "gpt2", "--ranks", "4", "--straggle", "0.1",
+                           "--png", str(png), "--json", str(out))
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in text.splitlines()[1:5]] == ["schedule", "plain", "lina", "fixed"]
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     found = json.loads(out.read_text())
     assert [s["schedule"] for s in found["schedules"]] == ["plain", "lina", "fixed"]
     assert found["schedules"][1]["behind"] == 0 and found["ranks"] == found["ep"] == 4
-    code, text, _ = _main(capsys, "--model", "mixtral-8x7b", "--schedule", "lina", "--link", "h200-nvlink")
+    code, text, _ = main("simulate", "--model", "mixtral-8x7b", "--schedule", "lina", "--link", "h200-nvlink")
     assert code == 0 and len(text.splitlines()) == 3 and "experts over 8" in text
 
 
@@ -137,8 +129,8 @@ def test_command(capsys, tmp_path):
     (["--micro-op", "0"], "--micro-op: 0.0, milliseconds over 0"),
     (["--png", "/no/such/folder/x.png"], "/no/such/folder/x.png"),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_bad_option_is_one_line(capsys, argv, message):
-    code, _, err = _main(capsys, *argv)
+def test_bad_option_is_one_line(main, argv, message):
+    code, _, err = main("simulate", *argv)
     assert code == cli.BAD_OPTION and message in err and err.count("\n") == 1
 
 

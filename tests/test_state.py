@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import lina
 
-from ranks import launch, results
+from ranks import Run, each_scenario
 
 SCENARIOS = ["checkpoint:layer", "checkpoint:swap", "scaler:step", "scaler:unscale", "scaler:fused",
              "way_back"]
-CASES = [pytest.param(backend, name, id=f"{backend}-{name}", marks=[pytest.mark.multi, *marks])
-         for backend, marks in (("gloo", []), ("nccl", [pytest.mark.gpu])) for name in [*SCENARIOS, "exit"]]
-_done: dict[str, dict[str, str]] = {}     # one start of both ranks serves all scenarios of a backend
+RUNS = {backend: Run("state_worker", SCENARIOS, 2, backend) for backend in ("gloo", "nccl")}
 
 
-@pytest.mark.parametrize("backend,scenario", CASES)
-def test_ranks(backend: str, scenario: str) -> None:
-    if backend == "nccl" and torch.cuda.device_count() < 2:
-        pytest.skip(f"needs 2 GPUs, there are {torch.cuda.device_count()}")
-    if backend not in _done:
-        _done[backend] = {"exit": "", **results(launch("state_worker", SCENARIOS, 2, backend=backend))}
-    found = _done[backend].get(scenario, "not reached: an earlier scenario failed")
-    assert not found, found
+@each_scenario(RUNS)
+def test_ranks(run: Run, scenario: str) -> None:
+    run.check(scenario)
 
 
 def test_scaler_alone():

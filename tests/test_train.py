@@ -11,7 +11,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import lina
 from lina import tracefile
@@ -21,14 +20,6 @@ from lina.train.resolve import resolve
 # Smallest that has everything: a dense and an MoE block, two experts a rank, several windows.
 TINY = dict(dim=16, layers=2, heads=2, ffn_dim=16, experts=4, seq=32, batch=4, steps=6, save_every=3,
             heldout_kib=2, sample=8, ranks=2, device="cpu", quiet=True)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A text of our own: a run on the standard library differs from Python to Python."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(1000)))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +118,6 @@ def test_other_layout_or_text_is_refused(run, text, tmp_path):
     manifest.write_text(manifest.read_text().replace(text, str(longer)))
     with pytest.raises(options.OptionError, match="was trained on another text than"):
         resolve(dict(resume=str(tmp_path / "checkpoint"), out=str(tmp_path)))
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process; one thread, as so small a model wants."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    torch.set_num_threads(threads)
 
 
 class Killed(BaseException):

@@ -13,43 +13,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import lina
 from lina import cli, tracefile
 from lina.train import checkpoint, data, folders, launch, options, report, trainer
+
+from ranks import environment
 
 # As test_train.TINY; three steps are all warm-up, so that there is no speed to measure.
 TINY = ["--dim=16", "--layers=2", "--heads=2", "--ffn-dim=16", "--experts=4", "--seq=32", "--batch=4",
         "--heldout-kib=2", "--steps=3", "--device=cpu", "--quiet"]
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(300)))
-    return str(path)
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def _train(capfd, *argv):
-    code = cli.main(["train", *argv])
-    return code, *capfd.readouterr()
-
-
 # ---- whole runs ----
 
 
 @pytest.mark.multi
-def test_last_line_json_and_balance_without_its_loss(capfd, tmp_path, text):
+def test_last_line_json_and_balance_without_its_loss(main, tmp_path, text):
     out = tmp_path / "out"
-    code, said, err = _train(capfd, *TINY, "--data", text, "--out", str(out), "--json", str(out / "r.json"),
-                             "--balance-coef=0", "--sample=0")
+    code, said, err = main("train", *TINY, "--data", text, "--out", str(out), "--json", str(out / "r.json"),
+                           "--balance-coef=0", "--sample=0")
     assert code == 0 and err == ""
     result = json.loads((out / "r.json").read_text())
     assert result == json.loads((out / "summary.json").read_text())
@@ -62,11 +43,11 @@ def test_last_line_json_and_balance_without_its_loss(capfd, tmp_path, text):
 
 
 @pytest.mark.multi
-def test_dense_twice_into_one_folder(capfd, tmp_path, text):
+def test_dense_twice_into_one_folder(main, tmp_path, text):
     """No load and so no picture of it; the first checkpoint stays beside the second."""
     argv = [*TINY, "--dense", "--data", text, "--out", str(tmp_path), "--ranks=1", "--sample=0"]
     (tmp_path / "balance.png").write_bytes(b"a former run's")
-    code, said, _ = _train(capfd, *argv)
+    code, said, _ = main("train", *argv)
     assert code == 0 and not (tmp_path / "balance.png").exists() and "balance.png" not in said
     assert "balance     n/a" in said
     stored = json.loads((tmp_path / "dense.json").read_text())
@@ -74,7 +55,7 @@ def test_dense_twice_into_one_folder(capfd, tmp_path, text):
         assert word in stored["command"]
     assert "--experts" in stored["command"] and "--out" not in stored["command"]
     first = checkpoint.manifest(tmp_path / "checkpoint")
-    code, said, _ = _train(capfd, *argv)
+    code, said, _ = main("train", *argv)
     assert code == 0
     assert said.startswith(f"a former run's checkpoint was moved to {tmp_path}/checkpoint.old\n")
     assert checkpoint.manifest(tmp_path / "checkpoint.old") == first
@@ -83,11 +64,9 @@ def test_dense_twice_into_one_folder(capfd, tmp_path, text):
 
 @pytest.mark.multi
 def test_joins_torchrun(tmp_path, text):
-    path = os.pathsep.join([str(Path(lina.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
                "lina.cli", "train", *TINY, "--sample=4", "--data", text, "--out", str(tmp_path / "out")]
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
-                         text=True, capture_output=True, timeout=120)
+    run = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("held-out ") == 1 and run.stdout.endswith(" bits per byte\n")
     assert len(checkpoint.manifest(tmp_path / "out" / "checkpoint")["shards"]) == 2
@@ -114,9 +93,9 @@ def _leaves_badly(rank, *args):
 
 
 @pytest.mark.multi
-def test_a_rank_that_aborts_after_its_work_loses_nothing(capfd, monkeypatch, tmp_path, text):
+def test_a_rank_that_aborts_after_its_work_loses_nothing(main, monkeypatch, tmp_path, text):
     monkeypatch.setattr(launch, "_local_rank", _leaves_badly)
-    code, said, _ = _train(capfd, *TINY, "--data", text, "--out", str(tmp_path / "out"), "--sample=0")
+    code, said, _ = main("train", *TINY, "--data", text, "--out", str(tmp_path / "out"), "--sample=0")
     assert code == 0 and said.splitlines()[-1].startswith("held-out ")
     assert (tmp_path / "out" / "summary.json").is_file()
 
@@ -126,9 +105,9 @@ def _refuses(rank, *args):
 
 
 @pytest.mark.multi
-def test_an_option_error_of_a_rank_is_its_text_alone(capfd, monkeypatch, tmp_path, text):
+def test_an_option_error_of_a_rank_is_its_text_alone(main, monkeypatch, tmp_path, text):
     monkeypatch.setattr(launch, "_local_rank", _refuses)
-    code, _, err = _train(capfd, *TINY, "--data", text, "--out", str(tmp_path / "out"), "--ranks=1")
+    code, _, err = main("train", *TINY, "--data", text, "--out", str(tmp_path / "out"), "--ranks=1")
     assert (code, err) == (cli.BAD_OPTION, "lina train: error: --data: gone, cannot be read\n")
 
 

@@ -28,8 +28,8 @@ from lina.parallel.gradients.peer_reduce import DTYPES, PeerReducer
 from lina.parallel.mesh import timeout_of
 from lina.parallel.settings import UNIT
 from lina.parallel.transport.base import gate
+from lina.parallel.transport.domain import MAX_RANKS, SeveralHosts
 from lina.parallel.transport.nccl import Reducer
-from lina.parallel.transport.peers import MAX_RANKS
 
 
 class Queue(Protocol):
@@ -250,7 +250,7 @@ class DeviceQueue:
         if over_peers:
             try:
                 return PeerReducer(group)
-            except ValueError:             # on all ranks alike: they are of several hosts
+            except SeveralHosts:           # on all ranks alike
                 pass
         return Reducer(group, *self._model)
 

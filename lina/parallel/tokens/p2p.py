@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lina import _C, ops, tracing
 from lina.parallel.tokens.dispatch import eagerly
-from lina.parallel.transport.peers import Agreed, Peers, current_stream
+from lina.parallel.transport.peers import Agreed, Peers
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)      # in the order of csrc/dtype.h
 
@@ -38,15 +38,16 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
         weight_TK: [T, K] of a float dtype up to float32.  expert_TK: [T, K] int32, ids in [0, experts);
             others are absent pairs.
         w_up, w_down, b_up, b_down: this rank's experts / ep; they and the other options as in ``ops.moe``.
-        experts: E, of all ranks.  tokens: a limit of T for calls like this one, equal on all ranks: one that
-            runs prefill and decode keeps small buffers' cost for decode.
+        experts: E, of all ranks.  tokens: the most that any rank has in calls like this one, equal on all
+            ranks, instead of ``peers.tokens``: so decode's few cost less than prefill's many.
 
     Returns:
         out_TD: [T, D] in x's dtype; 0 for tokens without an expert.
 
     Raises:
         ValueError: an argument outside its limits, before anything is sent; ranks that disagree, or a
-            buffer above the cap, on every rank; more tokens than agreed (the others: RuntimeError).
+            buffer above the cap, on every rank; more tokens than agreed (the others: RuntimeError),
+            after which ``peers`` cannot go on: set ``tokens`` before.
         RuntimeError: a peer failed or left, within ``timeout_s``: at the first call (or ``peers.check``)
             after the device noticed; results since are NaN. Also for differentiating twice.
     """
@@ -89,7 +90,7 @@ class _Round(NamedTuple):
                  count: Tensor, x_R: Tensor | None, weight_R: Tensor | None, expert_R: Tensor | None) -> None:
         width = self.D * self.dtype.itemsize + (0 if expert is None else 8 * self.K)
         with tracing.span("a2a", name, bytes=lambda: self._leaving(count[0]) * width):
-            _C.peers_dispatch(self.peers.handle, current_stream(), self.layer.tag, self.priority,
+            _C.peers_dispatch(*self.peers.launch(), self.layer.tag, self.priority,
                               self.T, self.layer.C, self.K, self.E, self.D * self.dtype.itemsize,
                               *map(_at, (x, expert, weight, slot, count, x_R, weight_R, expert_R)))
 
@@ -99,7 +100,7 @@ class _Round(NamedTuple):
         out = y.new_empty(self.T, self.D)
         width = self.D * self.dtype.itemsize + (0 if dweight is None else 4 * self.K)
         with tracing.span("a2a", name, bytes=lambda: self._leaving(count[1]) * width):
-            _C.peers_collect(self.peers.handle, current_stream(), self.layer.tag, self.priority,
+            _C.peers_collect(*self.peers.launch(), self.layer.tag, self.priority,
                              self.T, self.layer.C, self.K, self.E, self.D, _DTYPES.index(self.dtype),
                              *map(_at, (y, pair_row, weight_R, dweight_R, slot, count, expert, out, dweight)))
         return out
@@ -171,9 +172,10 @@ def _check(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: tuple, e
             or weight_TK.device != peers.device or not 1 <= weight_TK.shape[1] <= 1024):
         raise ValueError(f"p2p: weight is {weight_TK.dtype} of shape {tuple(weight_TK.shape)}, must be "
                          f"[{T}, K] of a float dtype up to float32 on {peers.device}, K at most 1024")
-    if (expert_TK.shape != weight_TK.shape or expert_TK.dtype != torch.int32
-            or expert_TK.device != peers.device):
-        raise ValueError(f"p2p: expert is {expert_TK.dtype} of shape {tuple(expert_TK.shape)}, must be int32 "
+    if expert_TK.dtype != torch.int32:
+        raise ValueError(f"p2p: expert is {expert_TK.dtype}, must be int32")
+    if expert_TK.shape != weight_TK.shape or expert_TK.device != peers.device:
+        raise ValueError(f"p2p: expert is of shape {tuple(expert_TK.shape)} on {expert_TK.device}, must be "
                          f"of weight's shape {tuple(weight_TK.shape)} on {peers.device}")
     if experts < 1 or experts % peers.ep or w_up.shape[0] * peers.ep != experts:
         raise ValueError(f"p2p: experts is {experts}, must be {peers.ep} ranks times the {w_up.shape[0]} "

@@ -106,9 +106,12 @@ class NCCL(Transport):
             token = tracing.begin("a2a", label, self.device, bytes=inp.numel())
             self._run(label, inp, in_splits, out, out_splits)
             tracing.end(token)
-        for tensor in (inp, out):            # also where nobody waits, after an error elsewhere
+        # Nothing else keeps their memory from reuse: holding the tensors until wait() would not do where
+        # nobody waits, after an error elsewhere, nor where another stream waits than theirs, which would
+        # then reuse them while bytes travel.
+        for tensor in (inp, out):
             tensor.record_stream(self.stream)
-        return _Pending(self, label, self.stream.record_event(), (inp, out))
+        return _Pending(self, label, self.stream.record_event())
 
     def _run(self, label: str, inp: Tensor, in_splits: list[int], out: Tensor, out_splits: list[int]) -> None:
         how = 0 if self._raised else _C.A2A_RAISE | _C.A2A_LOWER
@@ -141,18 +144,14 @@ class NCCL(Transport):
 
 
 class _Pending:
-    """Keeps the tensors until the current stream waits: from then on that stream orders their reuse."""
-
-    def __init__(self, transport: NCCL, label: str, done: torch.cuda.Event,
-                 tensors: tuple[Tensor, ...]) -> None:
-        self._transport, self._label, self._done, self._tensors = transport, label, done, tensors
+    def __init__(self, transport: NCCL, label: str, done: torch.cuda.Event) -> None:
+        self._transport, self._label, self._done = transport, label, done
 
     def wait(self) -> None:
         device = self._transport.device
         with tracing.span("a2a", f"{self._label}: wait", device=device):
             torch.cuda.current_stream(device).wait_event(self._done)
         self._transport._check(self._label)
-        self._tensors = ()
 
 
 class Reducer:

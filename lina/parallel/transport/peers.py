@@ -5,25 +5,18 @@ C is the most tokens that any rank may have, ep the number of ranks, D width, K 
 
 from __future__ import annotations
 
-import json
-import socket
 import weakref
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_process_group_store
 
 from lina import _C
-from lina.parallel.mesh import timeout_of
+from lina.parallel.transport.domain import Domain, Mapped
 
-MAX_RANKS = 8
 _STEP = 128           # C is a multiple: uneven batches share one layer's agreement
 _TAGS = 255
-left_mapped: list[Any] = []  # buffers that a peer may still have mapped: freed when the process ends
 
 
 class _Memory:
@@ -35,7 +28,7 @@ class _Memory:
 
 
 class _Buffer(NamedTuple):
-    handle: Any           # lina_peers
+    mapped: Mapped
     rows: Tensor          # uint8: where tokens arrive
     out_bytes: int
     back_bytes: int
@@ -54,43 +47,43 @@ class Peers:
     collective over the group's store: the ranks compare these, and set C, the most tokens of
     any rank, rounded up to a multiple of 128. Buffers hold the worst case, C tokens from every rank
     to one; they grow when a layer needs more, and are kept. A later call with more tokens than C
-    is an error on every rank; where batches grow, say how far by ``tokens``.
+    is an error on every rank, and these buffers' last: where batches grow, say how far by ``tokens``.
+
+    Attributes:
+        tokens, cap_bytes: as below; may be set between calls, on all ranks alike. Other ``tokens`` are a
+            new agreement, and the cap holds from the next one on.
 
     Args:
         group: 2 to 8 ranks of one host, one GPU each.
+        device: this rank's GPU; the current one by default.
         tokens: the most tokens any rank will have, or None: those of the first call.
-        cap_bytes: limit of this rank's buffer; the smallest of all ranks' counts.
+        cap_bytes: limit of this rank's buffer where it grows; the smallest of all ranks' counts.
         timeout_s: how long the device waits for a peer; the group's own timeout by default.
-        sms: how many of the GPU's SMs an exchange may take; 3/4 of them by default.
+        sms: how many of the GPU's SMs an exchange may take; by default 3/4 of them, or what reductions over
+            peers' memory leave.
 
     Raises:
         ValueError: a group this cannot work for, or an argument outside its limits.
         RuntimeError: lina was built without CUDA.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, tokens: int | None = None,
-                 cap_bytes: int | None = None, timeout_s: float | None = None, sms: int = 0) -> None:
-        ep = group.size()
-        if not 2 <= ep <= MAX_RANKS:
-            raise ValueError(f"p2p: the group has {ep} ranks, limit 2..{MAX_RANKS}")
-        if sms < 0:
-            raise ValueError(f"p2p: sms is {sms}, must be at least 0")
+    def __init__(self, group: dist.ProcessGroup, *, device: torch.device | None = None,
+                 tokens: int | None = None, cap_bytes: int | None = None, timeout_s: float | None = None,
+                 sms: int = 0) -> None:
         if tokens is not None and tokens < 1:
             raise ValueError(f"p2p: tokens is {tokens}, must be at least 1")
-        if not _C.CUDA:
-            raise RuntimeError("p2p: lina was built without CUDA")
-        if timeout_s is None:
-            timeout_s = (timeout_of(group) or timedelta(minutes=10)).total_seconds()
-        self.ep, self.rank = ep, group.rank()
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.tokens, self.cap_bytes, self.timeout_s, self.sms = tokens, cap_bytes, timeout_s, sms
-        made = _made.setdefault(group, [0])
-        made[0] += 1
-        self._store = dist.PrefixStore(f"lina.p2p.{made[0]}", _get_process_group_store(group))
-        self._rounds = 0
+        self._domain = domain = Domain(group, "tokens", device, timeout_s)
+        self.ep, self.rank, self.device = domain.ep, domain.rank, domain.device
+        self.tokens, self.cap_bytes = tokens, cap_bytes
+        every, gradients = domain.room()
+        if not 0 <= sms <= every - gradients or gradients >= every:
+            raise ValueError(f"p2p: sms is {sms}, must be 0 (3/4, or what is left) to {every - gradients}: "
+                             f"reductions over peers' memory hold {gradients} of the GPU's {every} SMs")
+        self.sms = domain.sms = sms or min(share(every), every - gradients)
         self._layers: dict[tuple, Agreed] = {}
         self._buffer: _Buffer | None = None
-        self._captured: list[_Buffer] = []         # graphs hold their addresses
+        self._in_graph = False                     # a graph captured here holds the buffer's address
+        self._replaced: list[_Buffer] = []         # which graphs hold, here or on another rank
 
     def layer(self, T: int, D: int, K: int, E: int, dtype: torch.dtype, grad: bool,
               tokens: int | None = None) -> Agreed:
@@ -98,24 +91,23 @@ class Peers:
         key = D, K, E, dtype, grad, tokens or self.tokens
         found = self._layers.get(key)
         if found is None:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("p2p: first call of a layer inside a graph capture; the ranks must agree "
-                                   "on its shapes first: run it once before")
+            if self._capturing():
+                raise RuntimeError("p2p: first call of a layer, or with other tokens=N, inside a graph "
+                                   "capture; the ranks must agree on it first: run it once before")
             found = self._layers[key] = self._agree(T, key)
         if T > found.C:
             self.stop(overflow=True)
             raise ValueError(f"p2p: {T} tokens on rank {self.rank}, but the ranks agreed on at most "
-                             f"{found.C} when this layer was first called; give the most of any rank, "
-                             "lina.mesh(..., tokens=N)")
+                             f"{found.C} for calls like this one; tell the most of any rank before, on every "
+                             "rank: lina.mesh(..., tokens=N) or lina.parallel.settings(mesh).tokens = N")
         return found
 
-    @property
-    def handle(self) -> Any:
-        """lina_peers of the current buffers."""
+    def launch(self) -> tuple[Any, int]:
+        """lina_peers of the current buffers, and the stream for work on them: the device's current one."""
         assert self._buffer is not None            # since the first layer()
-        if torch.cuda.is_current_stream_capturing() and self._buffer not in self._captured:
-            self._captured.append(self._buffer)
-        return self._buffer.handle
+        self._in_graph = self._in_graph or self._capturing()
+        stream = self._buffer.mapped.stream = torch.cuda.current_stream(self.device)
+        return self._buffer.mapped.handle, stream.cuda_stream
 
     def rows(self, layer: Agreed, D: int, dtype: torch.dtype) -> Tensor:
         """[ep * C, D]: the tokens of this round where they arrived; gone with the next."""
@@ -126,70 +118,54 @@ class Peers:
     def check(self) -> None:
         """RuntimeError if a wait on the device has failed by now; its text says which."""
         if self._buffer is not None:
-            _C.peers_check(self._buffer.handle)
+            _C.peers_check(self._buffer.mapped.handle)
 
     def stop(self, overflow: bool = False) -> None:
         """Tell the peers that this rank cannot finish its round (``overflow``: it has too many tokens)."""
-        if self._buffer is not None and not torch.cuda.is_current_stream_capturing():
-            _C.peers_stop(self._buffer.handle, current_stream(), overflow)
+        if self._buffer is not None and not self._capturing():
+            _C.peers_stop(*self.launch(), overflow)
 
     def abort(self) -> None:
         """End every wait on the device, from any thread; all later calls raise."""
-        for buffer in {id(b): b for b in (self._buffer, *self._captured) if b}.values():
-            _C.peers_abort(buffer.handle)
+        for buffer in self._buffers():
+            _C.peers_abort(buffer.mapped.handle)
 
     def close(self) -> None:
         """Unmap and free the buffers; collective, after all work on them and without graphs to replay.
 
         Without it they are kept until the process ends, for a peer may still write to them.
         """
-        buffers = {id(b): b for b in (self._buffer, *self._captured) if b}.values()
-        self._buffer, self._captured, self._layers = None, [], {}
+        buffers = self._buffers()
+        self._buffer, self._in_graph, self._replaced, self._layers = None, False, [], {}
+        self._domain.sms = 0
         for buffer in buffers:
-            self._release(buffer)
+            self._domain.release(buffer.mapped)
 
-    def _release(self, buffer: _Buffer) -> None:
-        _C.peers_close(buffer.handle)
-        try:
-            self._gather("closed", min(self.timeout_s, 10.0))
-        except RuntimeError:
-            left_mapped.append(buffer)
+    def _buffers(self) -> list[_Buffer]:
+        """In one order on all ranks."""
+        return self._replaced + ([] if self._buffer is None else [self._buffer])
 
-    def _gather(self, said: Any, timeout_s: float | None = None) -> list[Any]:
-        """What every rank said in this round of the group's store."""
-        n, self._rounds = self._rounds, self._rounds + 1
-        self._store.set(f"{n}.{self.rank}", json.dumps(said))
-        keys = [f"{n}.{r}" for r in range(self.ep)]
-        try:
-            self._store.wait(keys, timedelta(seconds=timeout_s or self.timeout_s))
-        except (RuntimeError, ValueError) as error:
-            raise RuntimeError(f"p2p: not all {self.ep} ranks came to agree on a layer within "
-                               f"{timeout_s or self.timeout_s:g} s; one has stopped, or calls another "
-                               f"layer: {error}") from error
-        return [json.loads(self._store.get(key)) for key in keys]
+    def _capturing(self) -> bool:
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def _agree(self, T: int, key: tuple) -> Agreed:
         D, K, E, dtype, grad, tokens = key
-        facts = {"host": host_id(), "D": D, "K": K, "number of experts": E, "dtype of x": str(dtype),
-                 "need of gradients": grad, "tokens": tokens}
-        everyone = self._gather([facts, T, self.cap_bytes])
-        for name in facts:
-            values = [said[0][name] for said in everyone]
-            if any(value != values[0] for value in values):
-                what = "run on several hosts" if name == "host" else f"disagree on {name}"
-                raise ValueError(f"p2p: the ranks of one expert group {what}: {values} by rank")
-        most = max(tokens or 0, *(said[1] for said in everyone))
+        facts = {"D": D, "K": K, "number of experts": E, "dtype of x": str(dtype), "need of gradients": grad,
+                 "tokens": tokens}
+        everyone = self._domain.compare("p2p", facts, [T, self.cap_bytes, self._in_graph])
+        most = max(tokens or 0, *(said[0] for said in everyone))
         C = -(-max(most, 1) // _STEP) * _STEP
         if self.ep * C * K >= 2**31 or C >= 2**24:
             raise ValueError(f"p2p: {most} tokens of K={K} on each of {self.ep} ranks, ep*T*K must be below "
                              "2^31")
         rows = self.ep * C
         back = -(-rows * D * dtype.itemsize // 16) * 16 + rows * K * 4
-        caps = [said[2] for said in everyone if said[2] is not None]
-        self._grow(back + rows * K * 4, back, C, min(caps) if caps else None)
+        caps = [said[1] for said in everyone if said[1] is not None]
+        self._grow(back + rows * K * 4, back, C, min(caps, default=None), any(said[2] for said in everyone))
         return Agreed(C, len(self._layers) % _TAGS)
 
-    def _grow(self, out_bytes: int, back_bytes: int, C: int, cap: int | None) -> None:
+    def _grow(self, out_bytes: int, back_bytes: int, C: int, cap: int | None, in_graph: bool) -> None:
         """Buffers of at least these sizes; all ranks come here with the same numbers."""
         old = self._buffer
         if old is not None:
@@ -199,49 +175,33 @@ class Peers:
         if cap is not None and out_bytes + back_bytes > cap:
             raise ValueError(f"p2p: {out_bytes + back_bytes} bytes are needed to receive {C} tokens from "
                              f"each of {self.ep} ranks, the cap is {cap}")
-        handle, said = None, ["", ""]
-        try:
-            tokens = max(C, min(out_bytes // 8, 2**24 - 1))      # what could fit with other shapes
-            handle = _C.peers_make(self.rank, self.ep, out_bytes, back_bytes, tokens, self.timeout_s,
-                                   self.sms)
-            said[0] = _C.peers_export(handle).hex()
-        except (RuntimeError, ValueError) as error:
-            said[1] = str(error)
-        exports = self._all_well(said)
-        try:
-            _C.peers_open(handle, self.ep, b"".join(bytes.fromhex(export) for export, _ in exports))
-        except (RuntimeError, ValueError) as error:
-            said[1] = str(error)
-        self._all_well(said)
-        memory = _Memory(handle, _C.peers_rows(handle), out_bytes)
-        self._buffer = _Buffer(handle, torch.as_tensor(memory, device=self.device), out_bytes, back_bytes)
-        if old is not None and old not in self._captured:
-            self._release(old)
-
-    def _all_well(self, said: list[str]) -> list[list[str]]:
-        everyone = self._gather(said)
-        bad = [f"rank {r}: {error}" for r, (_, error) in enumerate(everyone) if error]
-        if bad:
-            raise RuntimeError(f"p2p: the ranks could not map each other's memory: {'; '.join(bad)}")
-        return everyone
+        tokens = max(C, min(out_bytes // 8, 2**24 - 1))          # what could fit with other shapes
+        mapped = self._domain.map(lambda: _C.peers_make(
+            self.rank, self.ep, out_bytes, back_bytes, tokens, self._domain.timeout_s, self.sms))
+        memory = _Memory(mapped.handle, _C.peers_rows(mapped.handle), out_bytes)
+        with torch.cuda.device(self.device):
+            rows = torch.as_tensor(memory, device=self.device)
+        self._buffer, self._in_graph, self._domain.sms = (
+            _Buffer(mapped, rows, out_bytes, back_bytes), False, self.sms)
+        if old is not None and in_graph:
+            self._replaced.append(old)             # on all ranks: a replay on one writes to the others' too
+        elif old is not None:
+            self._domain.release(old.mapped)
 
 
-_made: weakref.WeakKeyDictionary[dist.ProcessGroup, list[int]] = weakref.WeakKeyDictionary()
 _peers: weakref.WeakKeyDictionary[dist.ProcessGroup, Peers] = weakref.WeakKeyDictionary()
 
 
-def peers_of(group: dist.ProcessGroup, **options: Any) -> Peers:
-    """The group's :class:`Peers`, made with ``options`` on first use."""
-    if group not in _peers:
-        _peers[group] = Peers(group, **options)
-    return _peers[group]
+def peers_of(group: dist.ProcessGroup, *, device: torch.device | None = None, tokens: int | None = None,
+             cap_bytes: int | None = None) -> Peers:
+    """The group's :class:`Peers`, made at first use; ``tokens`` and ``cap_bytes`` hold from this call on."""
+    found = _peers.get(group)
+    if found is None:
+        found = _peers[group] = Peers(group, device=device)
+    found.tokens, found.cap_bytes = tokens, cap_bytes
+    return found
 
 
-def current_stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
-
-
-def host_id() -> str:
-    """The same for all processes of one running system."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+def share(sms: int) -> int:
+    """SMs that an exchange takes of a GPU's, unless told: as csrc/comm/peers.c."""
+    return 1 if sms < 4 else sms // 4 * 3
