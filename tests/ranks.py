@@ -6,15 +6,18 @@ the ranks. A rank prints one JSON line per scenario, so that many checks share o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -92,19 +95,25 @@ def environment(**more: str) -> dict[str, str]:
             "PYTHONPATH": os.pathsep.join(folders), **more}
 
 
+def _free_port() -> int:
+    """Below those that the system gives to connections: nothing else takes it before rank 0 listens."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 def torchrun(command: list[str], **more: str) -> list[tuple[str, str]]:
     """What two ranks wrote that were started as torchrun does, without the seconds that it takes itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(_free_port())
     env = environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more)
     ranks = [subprocess.Popen(command, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    late = threading.Timer(120, lambda: [rank.kill() for rank in ranks])
+    late.start()
+    said = [rank.communicate() for rank in ranks]
+    late.cancel()
     texts = "\n".join(text[-3000:] for two in said for text in two)
     assert [rank.returncode for rank in ranks] == [0, 0], texts
     return said
