@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -176,6 +177,25 @@ def moved(device) -> None:
         assert net.moe1.experts.local == (8 if regroup else 8 // world)
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             assert_same(a, b, f"regroup={regroup}: loss {i}")
+
+
+def failing(device) -> None:
+    """Whatever goes wrong on one rank while all wait for the decision reaches all of them."""
+    world = dist.get_world_size()
+    for where in ("_plan", "_facts"):          # of rank 0 alone, and of any rank
+        save("free")
+        rank = 0 if where == "_plan" else world - 1
+        wrapped, net, optimizer = build(device, lina.mesh(ep=world), schedule="auto", observe=OBSERVE)
+        if dist.get_rank() == rank:
+            setattr(wrapped._auto, where, lambda *_: {}["nowhere"])
+        train(wrapped, net, optimizer, OBSERVE)
+        text = error_of(RuntimeError, train, wrapped, net, optimizer, 1)
+        assert f"ddp: schedule 'auto' failed on rank {rank}: KeyError: 'nowhere'" in text, text
+        assert len(set(everyone(text))) == 1
+    save("free")
+    with mock.patch.object(CostModel, "load", side_effect=ZeroDivisionError("of a file")):
+        text = error_of(RuntimeError, build, device, lina.mesh(ep=world), schedule="auto")
+    assert "failed on rank 0: ZeroDivisionError: of a file" in text, text
 
 
 def refused(device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lina
 from lina import parallel
+from lina.parallel.transport import carriers
+from lina.parallel.transport.nccl import NCCL
 
 from helpers import acc_dtype, assert_within_rounding, float_dtypes
 
@@ -197,3 +200,98 @@ def same_as_plain(device, how: str, schedule: str = "plain") -> None:
         assert bool(seen) == (changed and how == "hook")
         found.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def agreement(device, by: str) -> None:
+    """One rank told otherwise: one ValueError on all ranks that names what differs, at once."""
+    odd = dist.get_rank() == 1
+    mesh = lina.mesh(ep=2)
+    net = spread_net(whole_net("softmax", device), "softmax", mesh)
+    if by == "fsdp":
+        from fsdp_worker import sharded
+        net = sharded(net)
+    wrap = getattr(lina, by)
+
+    def told(name: str, **options) -> str:
+        text = error_of(ValueError, wrap, net, mesh, **{"schedule": "lina", **options})
+        assert text.startswith(f"{by}: the ranks differ in {name}: ") and "on ranks [1]" in text, text
+        assert len(set(everyone(text))) == 1
+        return text
+
+    told("schedule", schedule="plain" if odd else "lina")
+    text = told("degree", degree=(2, 3) if odd else (3, 3))
+    assert "(2, 3) on ranks [1]" in text and "(3, 3) on ranks [0, 2, 3]" in text, text
+    told("degree", degree=(1, 1) if odd else None)
+    for name, values in (("link", ((1e-5, 1e-9), (2e-5, 1e-9))), ("micro_op_s", (1e-3, 2e-3))):
+        told(name, hook=lina.HookState(**{name: values[odd]}))
+    told("find_unused_parameters", find_unused_parameters=odd)
+    settings = parallel.settings(mesh)
+    settings.transport = "nccl" if odd else "c10d"
+    told("transport")
+    settings.transport, settings.tokens = "c10d", 7 + odd
+    told("tokens")
+    settings.tokens = None
+    if by == "ddp":
+        told("compress", hook=lina.HookState(compress="bf16" if odd else None))
+        told("schedule", schedule="auto" if odd else "lina")
+    settings.degree = (1 + odd, 1)                       # overwritten, so of no account
+    wrapped = wrap(net, mesh, schedule="lina")
+    data = batch(dist.get_rank(), 0, next(net.parameters()).detach().new_empty(0))
+    settings.transport = "nccl"
+    assert "gradients give way to transport 'c10d'" in error_of(ValueError, wrapped, data[0])
+    settings.transport = "c10d"
+    loss_of(wrapped, *data).backward()
+
+
+def carried(device) -> None:
+    """Gradients give way to one transport: another one for tokens, set later, is refused on every rank."""
+    mesh, rank = lina.mesh(ep=2), dist.get_rank()
+    net = spread_net(whole_net("softmax", device), "softmax", mesh)
+    like = next(net.parameters())
+    hook = lina.HookState()
+    wrapped = lina.ddp(net, mesh, schedule="lina", hook=hook)
+    refusal = "gradients give way to transport 'c10d', and a mesh has 'nccl'"
+    for now in (mesh, lina.regroup(wrapped, None, 4), lina.regroup(wrapped, None, 2)):
+        parallel.settings(now).transport = "nccl"
+        if now is net.moe1.experts.mesh:
+            assert refusal in error_of(ValueError, wrapped, batch(rank, 0, like)[0])
+        parallel.settings(now).transport = "auto"        # c10d by its other name
+    net.moe2.experts.mesh = other = lina.mesh(ep=2, transport="nccl")
+    assert refusal in error_of(ValueError, wrapped, batch(rank, 0, like)[0])
+    assert refusal in error_of(ValueError, lina.ddp, net, mesh, schedule="lina")
+    net.moe2.experts.mesh = mesh
+    loss_of(wrapped, *batch(rank, 0, like)).backward()
+    assert refusal in error_of(ValueError, hook.over, other)
+    assert lina.HookState(mesh).over(other).carrier == "nccl", "without a queue it follows"
+
+    world = dist.group.WORLD
+    assert lina.HookState(world).carrier == lina.HookState().carrier == "nccl"
+    assert lina.HookState(world, transport="c10d").carrier == "c10d"
+    assert lina.HookState(world).over(mesh).carrier == "c10d"
+    assert refusal in error_of(ValueError, lina.HookState(world, transport="c10d").over, other)
+    for given, transport in ((world, "auto"), (world, "x"), (mesh, "c10d")):
+        said = error_of(ValueError, lina.HookState, given, transport=transport)
+        assert f"transport is {transport!r}, must be one of c10d, nccl, p2p" in said, said
+
+
+def known_dead(device) -> None:
+    """Collectives of torch's on CUDA would wait for a rank that lina's communicators know is gone."""
+    mesh = lina.mesh(ep=2)
+    net = spread_net(whole_net("softmax", device), "softmax", mesh)
+
+    def check() -> None:
+        raise RuntimeError("no answer")
+
+    carrier = object.__new__(NCCL)
+    carrier.group, carrier.comm = parallel.groups(mesh).ep, SimpleNamespace(check=check)
+    peers = {parallel.groups(mesh).ep: SimpleNamespace(check=check)}
+    for place, by in ((carriers._made, {mesh: {"nccl": carrier}}), (carriers.in_use, peers)):
+        with mock.patch.object(dist, "all_reduce"), mock.patch.object(dist, "all_gather"):
+            for call, args in ((lina.clip_grad_norm_, (net, 1.0)), (lina.gathered_state_dict, (net,))):
+                place.update(by)
+                said = error_of(RuntimeError, call, *args)
+                assert f"{call.__name__}: the exchange among ranks" in said and "no answer" in said, said
+                assert not dist.all_reduce.called and not dist.all_gather.called
+        for key in by:
+            del place[key]
+    lina.gathered_state_dict(net)

@@ -189,6 +189,18 @@ def compressed(device, dtype: str) -> None:
     assert (error > torch.finfo(torch.float32).eps * size).any(), "nothing was rounded"
 
 
+def differing(device, name: str) -> None:
+    """Ranks whose states differ learn it at the first bucket, all of them, whoever wrapped the model."""
+    values = dict(compress=(None, "bf16"), link=(SMALL, (0.0, 2e-6)), micro_op_s=(1e-3, 2e-3))[name]
+    wrapped = DistributedDataParallel(Dense(device=device))
+    state = lina.HookState(**{name: values[dist.get_rank() == 2]})
+    wrapped.register_comm_hook(state, lina.allreduce_hook)
+    text = error_of(ValueError, wrapped(torch.ones(2, WIDTH, device=device)).sum().backward)
+    shown = f"HookState: the ranks differ in {name}: {values[0]!r} on ranks [0, 1, 3]; {values[1]!r}"
+    assert shown in text, text
+    assert len(set(everyone(text))) == 1 and state._queue is None
+
+
 def states(device) -> None:
     """Pickling keeps the user's settings alone; what is out of limits is refused; threads end."""
     state = lina.HookState(parallel.mesh(1), micro_op_s=1e-3, compress="bf16", link=(1e-5, 1e-9))

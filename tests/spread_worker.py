@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from typing import ClassVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from parallel_worker import EXPERTS, batch, error_of, everyone, loss_of, spread_
 
 import lina
 from lina import parallel
+from lina.parallel.tokens import spread
 from lina.parallel.transport.base import gate
 
 from helpers import acc_dtype, assert_within_rounding, float_dtypes
@@ -119,6 +122,15 @@ def repeats(device, transport: str = "c10d") -> None:
     first = results(mesh, (4, 5), x, weight, expert, experts, w)
     again = results(mesh, (4, 5), x, weight, expert.long(), experts, w)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    absent = (expert < 0) | (expert >= experts)
+    beyond = torch.where(absent, 2**32, expert.long())         # as 32 bits it would be expert 0
+    for how in ((1, 1), (3, 2)):
+        want, got = (results(mesh, how, x, weight, ids, experts, w) for ids in (expert, beyond))
+        assert all(map(torch.equal, got, want)), f"64-bit ids, degree {how}"
+    stored = lina.mesh(ep=world, transport="p2p")       # what it would be given on GPUs
+    with mock.patch.object(spread, "peers_of"), mock.patch.object(spread.p2p, "moe") as call:
+        parallel.moe(x, weight, beyond, w[0], w[1], experts=experts, mesh=stored)
+    assert torch.equal(call.call_args.args[2], torch.where(absent, experts, expert))
 
     parallel.settings(mesh).degree = (4, 5)
     kept = []
@@ -145,18 +157,23 @@ def refusals(device, transport: str = "c10d") -> None:
     mesh, experts = lina.mesh(ep=world, transport=transport), LOCAL * world
     given = (*tokens(device, exact(device), 3, experts), experts, weights(device, exact(device), bias=True,
                                                                          gated=True))
-    for which, degree in (("forward", (3 if me else 2, 3)), ("backward", (3, 2 if me else 1))):
-        text = error_of(ValueError, results, mesh, degree, *given)
-        assert f"disagree on degree {which}: [" in text, text
+    for which, mine, theirs in (("forward", (3, 3), (2, 3)), ("backward", (3, 2), (3, 1)),
+                                ("forward", (3, 3), (1, 1)), ("backward", (1, 3), (1, 1))):
+        text = error_of(ValueError, results, mesh, mine if me else theirs, *given)
+        values = [(mine if r else theirs)[which == "backward"] for r in range(world)]
+        assert f"disagree on degree {which}: {values}" in text, text
         assert len(set(everyone(text))) == 1 and gate.outstanding == 0
-    parallel.settings(mesh).degree = (3, 3)
     x, weight, expert, _, w = given
-    for text, kind, args in (("x_TD", TypeError, (x.int(), weight, expert, *w[:2])),
-                             ("weight_TK has shape", ValueError, (x, weight[:1], expert, *w[:2])),
-                             ("expert_TK is of", TypeError, (x, weight, expert.float(), *w[:2])),
-                             (f"must have {LOCAL}", ValueError, (x, weight, expert, w[0][:1], w[1]))):
-        said = error_of(kind, parallel.moe, *args, experts=experts, mesh=mesh)
-        assert said.startswith("moe: ") and text in said, said
+    for degree in ((1, 1), (3, 3)):
+        text = error_of(ValueError, results, mesh, degree, *given, frozen=(2, 3, 4, 5) if me else ())
+        assert "disagree on need of gradients" in text and len(set(everyone(text))) == 1, text
+        parallel.settings(mesh).degree = degree
+        for text, kind, args in (("x_TD", TypeError, (x.int(), weight, expert, *w[:2])),
+                                 ("weight_TK has shape", ValueError, (x, weight[:1], expert, *w[:2])),
+                                 ("expert_TK is of", TypeError, (x, weight, expert.float(), *w[:2])),
+                                 (f"must have {LOCAL}", ValueError, (x, weight, expert, w[0][:1], w[1]))):
+            said = error_of(kind, parallel.moe, *args, experts=experts, mesh=mesh)
+            assert said.startswith("moe: ") and text in said, said
     assert "multiple of ep" in error_of(ValueError, parallel.moe, x, weight, expert, *w[:2],
                                         experts=experts + 1, mesh=mesh)
     for degree in ((0, 1), (1, 9), (1,), (1.5, 2)):
@@ -169,6 +186,37 @@ def refusals(device, transport: str = "c10d") -> None:
     assert "differentiable once" in error_of(RuntimeError, torch.autograd.grad, grad.sum(), x)
     assert gate.outstanding == 0
     assert_equal(results(mesh, (3, 3), *given), results(mesh, None, *given), 3, "after refusals")
+
+
+class Event:
+    """Stands for a CUDA event."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, blocking: bool) -> None:
+        self.while_up = 0
+        self.made.append(self)
+
+    def record(self) -> None:
+        assert gate.passed is not self, "who waits for it now would not wait at all"
+        self.while_up = gate.outstanding
+
+
+def passed(device) -> None:
+    """Over CUDA, where the host runs ahead, gradients wait for the last all-to-all: of every way to run."""
+    world = dist.get_world_size()
+    mesh, experts = lina.mesh(ep=world), LOCAL * world
+    given = (*tokens(device, exact(device), 3, experts), experts, weights(device, exact(device), bias=True,
+                                                                         gated=True))
+    # counts, rows, results and both ways back, each by itself; or all of a direction together
+    for degree, events in (((1, 1), 5), ((3, 2), 2)):
+        Event.made.clear()
+        with mock.patch.multiple(torch.cuda, is_initialized=lambda: True, Event=Event,
+                                 is_current_stream_capturing=lambda: False):
+            results(mesh, degree, *given)
+        assert len(Event.made) == events and gate.passed is Event.made[-1], (degree, len(Event.made))
+        assert all(event.while_up == 1 for event in Event.made), "the gate was open before"
+    gate.passed = None
 
 
 def delayed(call, draw: random.Random):

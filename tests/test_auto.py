@@ -27,7 +27,7 @@ from lina.train.resolve import resolve
 from ranks import Run, each_scenario
 
 SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle")), "counted", "moved",
-             "refused"]
+             "failing", "refused"]
 
 
 @each_scenario(Run("auto_worker", SCENARIOS, 2))

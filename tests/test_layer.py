@@ -73,6 +73,7 @@ def test_any_leading_shape(shape):
     y = layer(x)
     y.sum().backward()
     assert y.shape == x.shape and x.grad.shape == x.shape
+    assert not y._is_view()                  # a change in place would drop what FSDP hooks to it
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 

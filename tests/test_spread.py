@@ -5,13 +5,14 @@ from __future__ import annotations
 from ranks import Run, each_scenario
 
 RUNS = {
-    "spread4": Run("spread_worker", ["degrees:4", "degrees:2", "kinds", "repeats", "refusals", "delays:2:12",
-                                     "delays:4:8"], 4),
+    "spread4": Run("spread_worker", ["degrees:4", "degrees:2", "kinds", "repeats", "refusals", "passed",
+                                     "delays:2:12", "delays:4:8"], 4),
     "train4": Run("parallel_worker", [*(f"parity:{ep}:deepseek:lina" for ep in (1, 2, 4)),
                                       "parity:2:topk:lina:c10d", "accumulation:2:lina", "unused:2:find:lina",
                                       "unused:2:static:lina", "low_precision:lina"], 4),
-    "ways4": Run("exchange_worker", [f"same_as_plain:{how}:lina" for how in
-                                     ("checkpoint", "reentrant", "trace", "compile")], 4),
+    "ways4": Run("exchange_worker", [*(f"same_as_plain:{how}:lina" for how in
+                                       ("checkpoint", "reentrant", "trace", "compile")),
+                                     "agreement:ddp", "agreement:fsdp", "carried", "known_dead"], 4),
     "gpu-spread2": Run("spread_worker", [
         f"{name}:{transport}" for transport in ("c10d", "nccl")
         for name in ("degrees:2", "kinds", "repeats", "refusals", "delays:2:5")], 2, "nccl"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ranks import Run, each_scenario
 
-SCENARIOS = ["clocks", "alone", *(f"layers:{how}" for how in ("plain", "reentrant", "kept"))]
+SCENARIOS = ["clocks", "alone", "missing", *(f"layers:{how}" for how in ("plain", "reentrant", "kept"))]
 RUNS = {backend: Run("trace_worker", SCENARIOS, 2, backend) for backend in ("gloo", "nccl")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
@@ -115,6 +116,27 @@ def layers(device, how):
     dense = 4 * (2 * 4 * 16 + 16 * 16 + 16)
     assert [row["bytes"]["allreduce"] for row in summary["by_rank"]] == [dense, dense]
     assert all(row["memory"]["peak_bytes"] > 0 for row in summary["by_rank"])
+    _remove(path)
+
+
+def missing(device):
+    """A folder that one rank has not, a trace that one rank is in already: the same error on every rank."""
+    path, rank = _shared("missing.json"), dist.get_rank()
+    for given, inside, text in ((path.parent / "none" / "x.json" if rank == 1 else path, False,
+                                 "folder does not exist on rank 1"),
+                                (path, rank == 1, "already being recorded in this process on rank 1")):
+        said = [None] * 2
+        with lina.trace() if inside else contextlib.nullcontext():
+            try:
+                with lina.trace(given):
+                    raise AssertionError("recording has started")
+            except (FileNotFoundError, RuntimeError) as error:
+                dist.all_gather_object(said, repr(error))
+        assert said[0] == said[1] and text in said[0], said
+    with lina.trace(path):
+        dist.barrier()
+    dist.barrier()                       # rank 0 has written it
+    assert path.is_file()
     _remove(path)
 
 

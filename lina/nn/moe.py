@@ -79,4 +79,5 @@ class MoE(nn.Module):
         y_TD = self.experts(x_TD, routing.weight_TK, routing.expert_TK)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view(x.shape)
+        # no view of it: FSDP's hooks on outputs refuse to follow views that others change in place
+        return y_TD if x.dim() == 2 else torch.ops.aten._unsafe_view(y_TD, x.shape)

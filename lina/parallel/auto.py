@@ -24,7 +24,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lina.parallel.gradients.hook import HookState, allreduce_hook
+from lina.parallel.experts import together
+from lina.parallel.gradients.hook import HookState, allreduce_hook, user_settings
 from lina.parallel.mesh import ep_size, groups
 from lina.parallel.plan.cost import CostModel
 from lina.parallel.plan.decide import Plan, State, copies, decide, unchanged
@@ -59,7 +60,7 @@ class Options:
             raise ValueError("ddp: regroup=True moves optimizer state too; give optimizer, of torch.optim")
 
     def facts(self) -> str:
-        hook = self.hook and (self.hook.micro_op_s, self.hook.compress, self.hook.link)
+        hook = self.hook and (*user_settings(self.hook).values(), self.hook.transport)
         return f"degree={self.degree}, hook={hook}, observe={self.observe}, regroup={self.regroup}"
 
 
@@ -87,33 +88,39 @@ def agreed_cost(mesh: DeviceMesh, options: Options) -> tuple[CostModel, tuple[st
     Raises:
         ValueError: there is none, it is another machine's, or has no line of what the mesh uses; ranks that
             were told different things. On all ranks. Nothing has been changed.
+        RuntimeError: anything else that goes wrong on one rank; on all ranks.
     """
-    group, problem, found = groups(mesh).world, "", None
-    names: tuple[str, ...] = ()
-    try:
-        options.check()
-        if group.rank() == 0:
+    group = groups(mesh).world
+
+    def known() -> tuple[str, str, Any, tuple[str, ...]]:
+        try:
+            options.check()
+            if group.rank() != 0:
+                return options.facts(), "", None, ()
             cost = CostModel.load(device=mesh.device_type)
-            names = _transports(mesh, cost)
-            found = cost.as_json()
-    except (ValueError, OSError) as error:
-        told = str(error).startswith(("ddp: ", "mesh: "))
-        problem = str(error) if told else f"ddp: schedule 'auto' needs a run of `lina profile`: {error}"
-    said: list[Any] = [None] * group.size()
-    dist.all_gather_object(said, (options.facts(), problem, found, names), group=group)
+            return options.facts(), "", cost.as_json(), _transports(mesh, cost, options.hook)
+        except (ValueError, OSError) as error:
+            told = str(error).startswith(("ddp: ", "mesh: ", "HookState: "))
+            problem = str(error) if told else f"ddp: schedule 'auto' needs a run of `lina profile`: {error}"
+            return options.facts(), problem, None, ()
+
+    said = together("ddp: schedule 'auto'", group, known)
     problems = [p for _, p, _, _ in said if p]
     if problems:
-        raise ValueError(problem or problems[0])
+        raise ValueError(said[group.rank()][1] or problems[0])
     if len({facts for facts, *_ in said}) > 1:
         raise ValueError(f"ddp: the ranks were given different options with schedule 'auto'; "
                          f"here: {options.facts()}")
     return CostModel.from_json(said[0][2]), tuple(said[0][3])
 
 
-def _transports(mesh: DeviceMesh, cost: CostModel) -> tuple[str, ...]:
+def _transports(mesh: DeviceMesh, cost: CostModel, hook: HookState | None) -> tuple[str, ...]:
     """That may be chosen, the one in use first. ValueError if its links were not measured."""
     world, now = groups(mesh).world.size(), chosen(mesh)
     links(cost, now, "lina", ep=ep_size(mesh), world=world)
+    if hook is not None and hook.bound:
+        hook.check([mesh], hook.bound)
+        return (now,)
     if settings(mesh).transport != "auto" or mesh.device_type != "cuda":
         return (now,)
     # p2p needs a limit on tokens, which only the user knows
@@ -154,13 +161,10 @@ class Auto:
     def _decide(self, wrapper: Any) -> None:
         group = groups(self.mesh).world
         self.order.watched = False
-        said: list[Any] = [None] * group.size()
-        dist.all_gather_object(said, self._facts(wrapper), group=group)
-        plan: list[Any] = [None]
-        if group.rank() == 0:
-            plan = [self._plan(wrapper, said).as_json()]
-        dist.broadcast_object_list(plan, src=dist.get_global_rank(group, 0), group=group)
-        self.plan = wrapper.plan = Plan.from_json(plan[0])
+        said = together("ddp: schedule 'auto'", group, lambda: self._facts(wrapper))
+        plan, *_ = together("ddp: schedule 'auto'", group, lambda: self._plan(wrapper, said).as_json()
+                            if group.rank() == 0 else None)
+        self.plan = wrapper.plan = Plan.from_json(plan)
         self._apply(wrapper, self.plan)
 
     def _facts(self, wrapper: Any) -> dict[str, Any]:
@@ -228,7 +232,7 @@ class Auto:
         state = hook.over(self.mesh)
         state.queue(self.device)               # by all ranks together
         self.order.gently = state
-        wrapper.expert_reducer.queue = state.queue
+        wrapper.expert_reducer.queue, wrapper.gently = state.queue, state
         self.done = True
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lina.parallel.experts import expert_parameters
+from lina.parallel.transport.carriers import check
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0,
 
     Raises:
         ValueError: norm_type below 1.
-        RuntimeError: a norm that is not finite, where that is asked for.
+        RuntimeError: a norm that is not finite, where that is asked for; or a rank is known to have failed.
     """
     p = float(norm_type)
     if not p >= 1:
@@ -44,6 +45,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0,
     by_group: dict[dist.ProcessGroup, list[nn.Parameter]] = {}
     for expert in experts:
         by_group.setdefault(expert.groups.ep, []).append(expert.param)
+    for group in by_group:
+        check("clip_grad_norm_", group)
     for group, members in by_group.items():
         part = _norm(members, p, params)
         # norms are gathered, not powers summed: nothing overflows, and inf is no special case

@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lina import tracing
 from lina.parallel.auto import Auto, Options, agreed_cost, ordered
-from lina.parallel.experts import ExpertParameter, check_same, expert_parameters
-from lina.parallel.gradients.hook import HookState, allreduce_hook
+from lina.parallel.experts import ExpertParameter, check_same, expert_parameters, spread_meshes
+from lina.parallel.gradients.hook import HookState, allreduce_hook, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.mesh import groups
 from lina.parallel.plan.decide import Plan
-from lina.parallel.settings import set_degree
+from lina.parallel.settings import common, set_degree
+from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
 
 SCHEDULES = ("plain", "lina", "auto")
@@ -35,14 +36,15 @@ class DataParallel(DistributedDataParallel):
     _hook: tuple[Any, Any] | None = None       # also set by torch's constructor
     _auto: Auto | None = None
     plan: Plan | None = None
+    gently: HookState | None = None            # the state of gradients that give way to all-to-alls
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
                  degree: tuple[int, int] | None = None, hook: HookState | None = None, observe: int = 10,
                  optimizer: Any = None, regroup: bool = False, **options: Any) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"ddp: schedule is {schedule!r}, must be one of {', '.join(SCHEDULES)}")
-        told = Options(degree, hook, observe, optimizer, regroup)
-        if schedule != "auto" and told != Options(degree, hook):
+        given = Options(degree, hook, observe, optimizer, regroup)
+        if schedule != "auto" and given != Options(degree, hook):
             raise ValueError(f"ddp: observe, optimizer and regroup are for schedule 'auto', not {schedule!r}")
         if hook is not None and schedule == "plain":
             raise ValueError("ddp: hook is for schedules 'lina' and 'auto', not 'plain'")
@@ -59,11 +61,17 @@ class DataParallel(DistributedDataParallel):
                 raise ValueError(f"ddp: {name} is spread over ranks {_ranks(other.world)}, "
                                  f"the mesh given has {_ranks(world)}")
         _check_dense(module, experts)
-        cost = agreed_cost(mesh, told) if schedule == "auto" else None
-        ignored = {*getattr(module, _IGNORED, ()), *(e.name for e in experts)}
+        state = (hook or HookState()).over(mesh) if schedule == "lina" else None
+        holders = [layer.module for _, layer in layers(module)]
+        if state is not None:
+            state.check(spread_meshes(holders), state.carrier)
         init_sync = options.get("init_sync", True)
         if init_sync:
-            check_same(experts, world)
+            unused = {name: bool(options.get(name)) for name in ("find_unused_parameters", "static_graph")}
+            check_same(experts, world, "ddp", **common(module, mesh, schedule, degree),
+                       **user_settings(state), **unused)
+        cost = agreed_cost(mesh, given) if schedule == "auto" else None
+        ignored = {*getattr(module, _IGNORED, ()), *(e.name for e in experts)}
         former = vars(module).get(_IGNORED)
         self._set_params_and_buffers_to_ignore_for_model(module, ignored)
         try:
@@ -73,22 +81,22 @@ class DataParallel(DistributedDataParallel):
                 delattr(module, _IGNORED)
             else:
                 setattr(module, _IGNORED, former)
+        self._holders = holders
         self.expert_reducer = ExpertReducer(
             experts, may_be_unused=self.find_unused_parameters or self.static_graph,
             static=self.static_graph)
         if init_sync:
             self.expert_reducer.broadcast()
         if cost is not None:
-            self._auto = Auto(mesh, *cost, told, next(module.parameters()).device)
+            self._auto = Auto(mesh, *cost, given, next(module.parameters()).device)
             self.register_comm_hook(self._auto.order, ordered)
             degree = (1, 1)                    # while it observes
         if degree is not None or schedule == "lina":
             set_degree(module, mesh, degree)
-        if schedule == "lina":
-            state = (hook or HookState()).over(mesh)
+        if state is not None:
             state.queue(next(module.parameters()).device)      # by all ranks together, now
             self.register_comm_hook(state, allreduce_hook)
-            self.expert_reducer.queue = state.queue
+            self.expert_reducer.queue, self.gently = state.queue, state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.expert_reducer.released:
@@ -96,6 +104,8 @@ class DataParallel(DistributedDataParallel):
                                "wrapped (lina.unswap); wrap it anew")
         if tracing.active() and self._hook is None and not torch.compiler.is_compiling():
             self._trace_buckets()
+        if self.gently is not None:
+            eagerly(self._check_carrier)(self.gently)
         auto = self._auto
         if auto is not None:
             eagerly(auto.before)(self)
@@ -108,6 +118,9 @@ class DataParallel(DistributedDataParallel):
         if self.expert_reducer.by_replicas and torch.is_grad_enabled() and self.require_backward_grad_sync:
             eagerly(self.expert_reducer.watch)(output)
         return output
+
+    def _check_carrier(self, gently: HookState) -> None:
+        gently.check(spread_meshes(self._holders))
 
     def register_comm_hook(self, state: object, hook: Any) -> None:
         """As DistributedDataParallel's; the time from each bucket's hook to its result is traced."""
@@ -168,9 +181,10 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             experts spread over ranks.
 
     Raises:
-        ValueError: an option that cannot work, or ranks whose experts differ in names, shapes or
-            dtypes; with "auto" a cost model that is missing, of another machine, or without the
-            transport in use; on every rank.
+        ValueError: an option that cannot work, or ranks that differ in schedule, degree, transport,
+            hook or the experts' names, shapes or dtypes; with "auto" a cost model that is missing, of
+            another machine, or without the transport in use; on every rank. In forward: another
+            transport than gradients were set up to give way to.
         RuntimeError: no parameter outside the experts takes a gradient. In forward: the model was
             given back its experts (:func:`lina.unswap`) since. In backward: another rank failed or
             left, within the group's timeout.

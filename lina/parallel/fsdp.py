@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lina.parallel.experts import ExpertParameter, check_same, expert_parameters
-from lina.parallel.gradients.hook import HookState
+from lina.parallel.experts import ExpertParameter, check_same, expert_parameters, spread_meshes
+from lina.parallel.gradients.hook import HookState, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.mesh import groups
-from lina.parallel.settings import set_degree
+from lina.parallel.settings import common, set_degree
+from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
 
 SCHEDULES = ("plain", "lina")
@@ -29,9 +30,11 @@ _HERE = "_lina_fsdp"          # the attribute of a model that keeps what a call 
 class _Experts(ExpertReducer):
     """Leaves gradients alone in backward passes in which fully_shard does (set_requires_gradient_sync)."""
 
-    def __init__(self, model: nn.Module, experts: list[ExpertParameter], *, may_be_unused: bool) -> None:
+    def __init__(self, model: nn.Module, experts: list[ExpertParameter], state: HookState | None, *,
+                 may_be_unused: bool) -> None:
         super().__init__(experts, may_be_unused=may_be_unused, static=False)
-        self._model = weakref.ref(model)
+        self._model, self._state = weakref.ref(model), state
+        self._holders = [layer.module for _, layer in layers(model)]
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -43,6 +46,11 @@ class _Experts(ExpertReducer):
         if self.released:
             raise RuntimeError("fsdp: the model's experts are no longer spread as they were when lina.fsdp "
                                "was called (lina.unswap); call it anew")
+        if self._state is not None:
+            eagerly(self._check_carrier)(self._state)
+
+    def _check_carrier(self, state: HookState) -> None:
+        state.check(spread_meshes(self._holders))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
@@ -82,7 +90,8 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
 
     Raises:
         ValueError: nothing is sharded by fully_shard, or experts are, or a dense parameter is not, or
-            not over all ranks of ``mesh``; another option that cannot work; ranks whose experts differ.
+            not over all ranks of ``mesh``; another option that cannot work; ranks that differ, as in
+            :func:`ddp`. In forward: as there.
         RuntimeError: torch has no ``set_custom_reduce_scatter``. In backward: another rank failed or left.
     """
     if schedule not in SCHEDULES:
@@ -94,11 +103,14 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     scatter = AtOnce() if state is None else ReduceScatter(state)
     world, experts = groups(mesh).world, expert_parameters(model)
     _check(model, experts, world)
-    check_same(experts, world)
+    if state is not None:
+        state.check(spread_meshes([layer.module for _, layer in layers(model)]), state.carrier)
+    check_same(experts, world, "fsdp", **common(model, mesh, schedule, degree), **user_settings(state),
+               find_unused_parameters=bool(find_unused_parameters))
     before = vars(model).pop(_HERE, None)
     if before is not None:
         before.remove()
-    reducer = _Experts(model, experts, may_be_unused=find_unused_parameters)
+    reducer = _Experts(model, experts, state, may_be_unused=find_unused_parameters)
     reducer.broadcast()
     if degree is not None or state is not None:
         set_degree(model, mesh, degree)

@@ -20,7 +20,8 @@ class Settings:
     """Of one mesh; the same on every rank, and changed between steps only.
 
     Attributes:
-        transport: "auto" (chosen by what the ranks have), "c10d", "nccl" or "p2p".
+        transport: "auto" (chosen by what the ranks have), "c10d", "nccl" or "p2p". Once gradients give way
+            to one (schedule "lina", or a plan's), the model refuses to run over another.
         degree: expert passes of a layer forward and backward, 1 to 8 each (tokens/spread.py says which);
             with "p2p" (1, 1) alone.
         tokens, cap_bytes: "p2p" alone: the most tokens that any rank will have, None: as many as it has
@@ -71,4 +72,19 @@ def meshes(model: nn.Module, *more: DeviceMesh) -> list[DeviceMesh]:
 def set_degree(model: nn.Module, mesh: DeviceMesh, degree: tuple[int, int] | None) -> None:
     """Set ``degree`` for ``mesh`` and every mesh of ``model``; None: the default, or over p2p one pass."""
     for one in meshes(model, mesh):
-        settings(one).degree = degree or ((1, 1) if chosen(one) == "p2p" else DEFAULT_DEGREE)
+        settings(one).degree = degree or _default(one)
+
+
+def _default(mesh: DeviceMesh) -> tuple[int, int]:
+    return (1, 1) if chosen(mesh) == "p2p" else DEFAULT_DEGREE
+
+
+def common(model: nn.Module, mesh: DeviceMesh, schedule: str, degree: Any) -> dict[str, Any]:
+    """What ranks that wrap ``model`` must have in common, by name. Not cap_bytes: the least of all counts."""
+    found = meshes(model, mesh)
+    degrees = [degree or (_default(m) if schedule == "lina" else settings(m).degree) for m in found]
+    each: dict[str, list] = {
+        "degree": [tuple(d) if isinstance(d, list) else d for d in degrees],
+        "transport": [chosen(m) for m in found], "tokens": [settings(m).tokens for m in found]}
+    return {"schedule": schedule, **{name: values[0] if len(set(map(repr, values))) == 1 else values
+                                     for name, values in each.items()}}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lina.parallel.mesh import groups
+from lina.parallel.transport.carriers import check
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ def gathering() -> bool:
 
 
 def gather(local: Tensor, mesh: DeviceMesh) -> Tensor:
-    """All ranks' slices along the first axis, in the order of "ep"; collective over that group."""
+    """All ranks' slices along the first axis, in the order of "ep"; collective over that group.
+    RuntimeError if a rank of it is known to have failed."""
     group = groups(mesh).ep
+    check("gathered_state_dict", group)
     parts = [local.new_empty(local.shape) for _ in range(group.size())]
     dist.all_gather(parts, local.detach().contiguous(), group=group)
     return torch.cat(parts)

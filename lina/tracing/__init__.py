@@ -153,16 +153,23 @@ def trace(path: str | os.PathLike[str] | None = None, *, model: nn.Module | None
 
     Spans that have not ended when the block ends are left out. Raises
     RuntimeError if a trace is already being recorded, OSError if `path`
-    cannot be written; its folder must exist.
+    cannot be written; its folder must exist, on every rank. Where entering is a collective both are
+    raised on all ranks if on one.
     """
     global _recorder
-    if _recorder is not None:
-        raise RuntimeError("trace: one is already being recorded in this process")
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"trace: path={os.fspath(path)!r}, its folder does not exist")
-    recorder = Recorder(None if device is None else torch.device(device))
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    recorder.open(model, several and gather and path is not None)
+    together = several and gather and path is not None
+    problem: Exception | None = None
+    if _recorder is not None:
+        problem = RuntimeError("trace: one is already being recorded in this process")
+    elif path is not None and not Path(path).absolute().parent.is_dir():
+        problem = FileNotFoundError(f"trace: path={os.fspath(path)!r}, its folder does not exist")
+    if together:
+        problem = _first(problem)
+    if problem is not None:
+        raise problem
+    recorder = Recorder(None if device is None else torch.device(device))
+    recorder.open(model, together)
     _recorder = recorder
     alone = True
     try:
@@ -173,6 +180,17 @@ def trace(path: str | os.PathLike[str] | None = None, *, model: nn.Module | None
         recorder.close()
         if path is not None:
             _write(recorder, Path(path), several, alone)
+
+
+def _first(problem: Exception | None) -> Exception | None:
+    """The first problem of any rank, on every rank of the default group."""
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if problem is None else (type(problem), str(problem)))
+    for rank, found in enumerate(said):
+        if found is not None:
+            kind, text = found
+            return kind(f"{text} on rank {rank}")
+    return None
 
 
 def _write(recorder: Recorder, path: Path, several: bool, alone: bool) -> None:

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from lina import ops, tracing
 from lina.parallel.plan.observe import saw_rows
+from lina.parallel.tokens.header import FIRST, check, facts, header
 from lina.parallel.transport.base import failure, gate
-
-_AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Route:
 
 
 def dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
-             group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Route | None]:
+             group: dist.ProcessGroup, *, trained: bool = False
+             ) -> tuple[Tensor, Tensor, Tensor, Route | None]:
     """Send each token once to every rank that holds one of its experts.
 
     Rank r of ``group`` holds experts [r * L, (r + 1) * L), L = experts / ep. Any T will do on
@@ -52,6 +52,8 @@ def dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
     Args:
         x_TD: [T, D] float32, bfloat16, float16 or float64; cast to the autocast dtype if on.
         weight_TK: [T, K] float32 or float64.  expert_TK: [T, K] int32, global ids.
+        trained: what is made of the rows needs gradients of its own, of the experts' weights say; ranks
+            must agree on that, for it decides whether ``collect`` has a backward pass.
 
     Returns:
         x_RD [R, D], weight_RK [R, K] and expert_RK [R, K] (int32, ids in [0, L), -1 for
@@ -60,8 +62,8 @@ def dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
 
     Raises:
         ValueError: an argument outside its limits, before anything is sent; or ranks that
-            disagree on D, K, dtypes, the number of experts or whether gradients are wanted:
-            then on every rank.
+            disagree on D, K, dtypes, the number of experts or whether gradients are wanted, or
+            of which another runs a layer in several passes: then on every rank.
         RuntimeError: another rank failed or left, within the group's timeout. Also for
             differentiating twice.
     """
@@ -72,15 +74,14 @@ def dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
     if torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:
         x_TD = x_TD.to(torch.get_autocast_dtype(device))
     _check(x_TD, weight_TK, expert_TK, experts, ep)
-    return eagerly(_dispatch)(x_TD, weight_TK, expert_TK, experts, group)
+    return eagerly(_dispatch)(x_TD, weight_TK, expert_TK, experts, group, trained)
 
 
 def _dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
-              group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Route]:
-    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x_TD, weight_TK)]
-    facts = [x_TD.shape[1], weight_TK.shape[1], experts, ops.FLOATS.index(x_TD.dtype),
-             ops.FLOATS.index(weight_TK.dtype), wanted[0] + 2 * wanted[1]]
-    route = _plan(expert_TK, experts, facts, group)
+              group: dist.ProcessGroup, trained: bool) -> tuple[Tensor, Tensor, Tensor, Route]:
+    grad = torch.is_grad_enabled()
+    needs = grad and x_TD.requires_grad, grad and weight_TK.requires_grad, grad and trained
+    route = _plan(expert_TK, experts, facts((1, 1), x_TD, weight_TK, experts, needs), group)
     x_RD, weight_RK, expert_RK = _Dispatch.apply(x_TD, weight_TK, expert_TK, experts, route)
     return x_RD, weight_RK, expert_RK, route
 
@@ -124,8 +125,8 @@ def _check(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int, ep:
 
 
 @torch.no_grad()
-def _plan(expert_TK: Tensor, experts: int, facts: list[int], group: dist.ProcessGroup) -> Route:
-    """Who sends what to whom; ``facts`` are what all ranks must agree on, as ``_AGREED``."""
+def _plan(expert_TK: Tensor, experts: int, said: tuple[int, ...], group: dist.ProcessGroup) -> Route:
+    """Who sends what to whom; ``said``: what all ranks must agree on (header.py)."""
     ep, T, device = group.size(), expert_TK.shape[0], expert_TK.device
     local = experts // ep
     present_TK = (expert_TK >= 0) & (expert_TK < experts)
@@ -134,18 +135,13 @@ def _plan(expert_TK: Tensor, experts: int, facts: list[int], group: dist.Process
     ranks_R = torch.arange(ep, dtype=torch.int32, device=device)
     rows = ops.sort(torch.where(hit_TR, ranks_R, -1), ep)
 
-    same_RF = torch.tensor(facts, device=device).expand(ep, -1)
-    mine = torch.cat([rows.offset_E1.diff().long()[:, None], same_RF], 1)
+    mine = header(said, rows.offset_E1.diff().long()[:, None])
     theirs = torch.empty_like(mine)
     with tracing.span("a2a", "dispatch counts", bytes=mine.nbytes):
         _all_to_all("dispatch", theirs, mine, None, None, group)
-    sent, *columns = torch.cat([mine[:, :1], theirs], 1).T.tolist()
-    received, *agreed = columns
-    for name, values in zip(_AGREED, agreed, strict=True):
-        if len(set(values)) > 1:
-            shown: list[Any] = [str(ops.FLOATS[v]) for v in values] if name.startswith("dtype") else values
-            raise ValueError(f"dispatch: the ranks of one expert group disagree on {name}: {shown} by rank")
-
+    lines = torch.cat([theirs[:, :FIRST + 1], mine[:, FIRST:FIRST + 1]], 1).tolist()
+    check(lines)
+    received, sent = ([line[FIRST + i] for line in lines] for i in range(2))
     saw_rows(sent, received, group.rank())
     row_TK = rows.pair_row_TK.long().gather(1, rank_TK.clamp(max=ep - 1))
     rows = rows._replace(row_pair_N=rows.row_pair_N[:sum(sent)])      # as many as there are rows

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lina import ops, tracing
+from lina import tracing
 from lina.parallel.plan.observe import saw_rows
 from lina.parallel.tokens.dispatch import raw
+from lina.parallel.tokens.header import FIRST, check, header
 from lina.parallel.tokens.layout import CHUNKS, COLUMNS, Layout, layout, tables
 from lina.parallel.transport.base import Pending, Transport
-
-AGREED = ("D", "K", "number of experts", "dtype of x", "dtype of weight", "need of gradients",
-          "degree forward", "degree backward")
 
 
 class Job(NamedTuple):
@@ -42,15 +39,10 @@ def ahead(carrier: Transport) -> Iterator[None]:
         carrier.settled()
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept: copying numbers to a GPU would wait for all that it has been given."""
-    return torch.tensor(numbers, device=device)
-
-
 @torch.no_grad()
-def plan(expert_TK: Tensor, facts: list[int], job: Job, save: bool) -> Callable[[], list[Layout]]:
-    """The layouts forward and, to ``save``, backward; the function returned waits for the counts."""
+def plan(expert_TK: Tensor, facts: tuple[int, ...], job: Job, save: bool) -> Callable[[], list[Layout]]:
+    """The layouts forward and, to ``save``, backward; the function returned waits for the counts.
+    ``facts``: what all ranks must agree on (header.py)."""
     me, ep = job.ranks
     rank_TK = torch.div(expert_TK, job.experts // ep, rounding_mode="floor").int()
     rank_TK.masked_fill_((expert_TK < 0) | (expert_TK >= job.experts), ep)
@@ -58,26 +50,19 @@ def plan(expert_TK: Tensor, facts: list[int], job: Job, save: bool) -> Callable[
     if save:
         same = job.degree[0] == job.degree[1]
         found += found if same else [tables(rank_TK, ep, me, job.degree[1])]
-    columns = [f.columns_RC for f in found] + [torch.zeros_like(found[0].columns_RC)] * (2 - len(found))
-    facts_RF = _on_device(tuple(facts), expert_TK.device).expand(ep, -1)
-    read = job.transport.counts("dispatch counts", torch.cat([facts_RF, *columns], 1))
+    read = job.transport.counts("dispatch counts", header(facts, *(f.columns_RC for f in found)))
 
     def known() -> list[Layout]:
         mine, theirs = read().tolist()
-        for f, name in enumerate(AGREED):
-            values = [line[f] for line in theirs]
-            if len(set(values)) > 1:
-                shown: list[Any] = [ops.FLOATS[v] for v in values] if name.startswith("dtype") else values
-                raise ValueError(f"dispatch: the ranks of one expert group disagree on {name}: {shown} "
-                                 "by rank")
+        check(theirs)
         made: list[Layout] = []
         for i, table in enumerate(found):
             if i and table is found[0]:
                 made.append(made[0])
                 continue
-            own = slice(len(AGREED) + i * COLUMNS, len(AGREED) + (i + 1) * COLUMNS)
+            own = slice(FIRST + i * COLUMNS, FIRST + (i + 1) * COLUMNS)
             made.append(layout(table, [m[own] for m in mine], [t[own] for t in theirs], me))
-        first = slice(len(AGREED) + CHUNKS, len(AGREED) + COLUMNS)
+        first = slice(FIRST + CHUNKS, FIRST + COLUMNS)
         pairs = sum(mine[me][first]), sum(sum(theirs[r][first]) for r in range(ep) if r != me)
         sent, received = ([sum(n) for n in zip(*chunks, strict=True)]
                           for chunks in (made[0].sent, made[0].received))

@@ -32,6 +32,7 @@ from lina.parallel.plan.observe import saw_layer
 from lina.parallel.settings import chosen, settings
 from lina.parallel.tokens import p2p
 from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
+from lina.parallel.tokens.header import facts
 from lina.parallel.tokens.layout import Layout, found_in
 from lina.parallel.tokens.passes import Job, ahead, plan, run
 from lina.parallel.transport.carriers import transport
@@ -48,7 +49,7 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
 
     Args:
         x_TD: [T, D] tokens.  weight_TK: [T, K] the router's weights.  expert_TK: [T, K] int32 (int64
-            is converted), global ids; ids outside [0, experts) add nothing.
+            is converted), global ids; ids outside [0, experts) add nothing, of either dtype.
         w_up [L, U, D], w_down [L, D, F] and ``options`` (b_up [L, U], b_down [L, D], activation ...):
             as ops.moe, L = experts / ep.
 
@@ -71,19 +72,24 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
     saw(x_TD, expert_TK, (w_up, w_down, options.get("b_up"), options.get("b_down")), experts,
         options.get("activation", "swiglu"))
     name, degree = chosen(mesh), settings(mesh).degree
+    if expert_TK.dtype == torch.int64:
+        expert_TK = expert_TK.clamp(-1, experts).int()      # ids beyond int32 must not wrap into range
     if name == "p2p":
         if degree != (1, 1):
             raise ValueError(f"moe: degree is {degree}, transport p2p runs in one pass, (1, 1)")
-        peers = peers_of(ep, tokens=settings(mesh).tokens, cap_bytes=settings(mesh).cap_bytes)
+        peers = peers_of(ep, device=x_TD.device, tokens=settings(mesh).tokens,
+                         cap_bytes=settings(mesh).cap_bytes)
         return p2p.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts, peers=peers, **options)
+    x_TD, weight_TK, *weights, raw_options = ops.moe_arguments(
+        "moe", x_TD, weight_TK, expert_TK, w_up, w_down, **options)
     if name == "c10d" and degree == (1, 1):
-        x_RD, weight_RK, expert_RK, route = dispatch(x_TD, weight_TK, expert_TK, experts, ep)
+        w_up, options["b_up"], w_down, options["b_down"] = weights
+        trained = any(t is not None and t.requires_grad for t in weights)
+        x_RD, weight_RK, expert_RK, route = dispatch(x_TD, weight_TK, expert_TK, experts, ep, trained=trained)
         return collect(ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options), route)
     if max(max(degree) - 2, 2) * ep.size() > ops.MAX_EXPERTS:
         raise ValueError(f"moe: degree {degree} over {ep.size()} ranks, (degree - 2) * ranks is at most "
                          f"{ops.MAX_EXPERTS}")
-    x_TD, weight_TK, *weights, raw_options = ops.moe_arguments(
-        "moe", x_TD, weight_TK, expert_TK, w_up, w_down, **options)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad
              for t in (x_TD, weight_TK, *weights)]
     job = Job(transport(mesh), experts, degree, raw_options, needs)
@@ -122,16 +128,13 @@ def _forward(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: list[T
     K, local = expert_TK.shape[1], job.experts // ep
     w_up, b_up, w_down, b_down = weights
     assert w_up is not None
-    if expert_TK.dtype == torch.int64:
-        expert_TK = expert_TK.clamp(-1, job.experts).int()
     x_TD, weight_TK = x_TD.contiguous(), weight_TK.contiguous()
     here_TK = expert_TK - me * local
     here_TK.masked_fill_((here_TK < 0) | (here_TK >= local), -1)
-    facts = [D, K, job.experts, ops.FLOATS.index(x_TD.dtype), ops.FLOATS.index(weight_TK.dtype),
-             job.needs[0] + 2 * job.needs[1] + 4 * any(job.needs[2:]), *job.degree]
+    needs = job.needs[0], job.needs[1], any(job.needs[2:])
     passes: list[_Pass] = []
     with ahead(job.transport):
-        known = plan(expert_TK, facts, job, save)
+        known = plan(expert_TK, facts(job.degree, x_TD, weight_TK, job.experts, needs), job, save)
         packed_TB = pack(x_TD, weight_TK, expert_TK)        # while counts travel
         lays = known()
         lay, S = lays[0], lays[0].S

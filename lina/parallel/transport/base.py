@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -101,6 +102,14 @@ class Gate:
         self.change(1)
 
     def __exit__(self, *exc: object) -> None:
+        self.lower()
+
+    def lower(self) -> None:
+        """One all-to-all less; over CUDA it is launched, and those who wait for ``passed`` wait for it."""
+        if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+            passed = torch.cuda.Event(blocking=True)         # sleeps, rather than spins, on the host
+            passed.record()
+            self.passed = passed                             # recorded: one that is not counts as passed
         self.change(-1)
 
     def watch(self, watcher: Watcher) -> None:

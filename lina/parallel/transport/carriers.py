@@ -10,9 +10,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lina.parallel.mesh import groups
 from lina.parallel.settings import chosen
-from lina.parallel.transport.base import Transport
+from lina.parallel.transport.base import Transport, failure
 from lina.parallel.transport.c10d import C10d
 from lina.parallel.transport.nccl import NCCL
+from lina.parallel.transport.peers import in_use
 
 makers: dict[str, Callable[[dist.ProcessGroup], Transport]] = {"c10d": C10d, "nccl": NCCL}
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()         # mesh -> its transports by name
@@ -32,3 +33,17 @@ def transport(mesh: DeviceMesh) -> Transport:
     if name not in made or made[name].group is not group:      # other process groups have come since
         made[name] = makers[name](group)
     return made[name]
+
+
+def check(label: str, group: dist.ProcessGroup) -> None:
+    """RuntimeError if lina's own transports over ``group`` know by now that a rank has failed or left: a
+    collective of torch's over it would wait for that rank."""
+    used = [made.get("nccl") for made in list(_made.values())]
+    try:
+        for carrier in used:
+            if isinstance(carrier, NCCL) and carrier.group is group:
+                carrier.comm.check()
+        if group in in_use:
+            in_use[group].check()
+    except RuntimeError as error:
+        raise failure(label, group, error) from error

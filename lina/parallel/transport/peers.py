@@ -189,15 +189,15 @@ class Peers:
             self._domain.release(old.mapped)
 
 
-_peers: weakref.WeakKeyDictionary[dist.ProcessGroup, Peers] = weakref.WeakKeyDictionary()
+in_use: weakref.WeakKeyDictionary[dist.ProcessGroup, Peers] = weakref.WeakKeyDictionary()
 
 
 def peers_of(group: dist.ProcessGroup, *, device: torch.device | None = None, tokens: int | None = None,
              cap_bytes: int | None = None) -> Peers:
     """The group's :class:`Peers`, made at first use; ``tokens`` and ``cap_bytes`` hold from this call on."""
-    found = _peers.get(group)
+    found = in_use.get(group)
     if found is None:
-        found = _peers[group] = Peers(group, device=device)
+        found = in_use[group] = Peers(group, device=device)
     found.tokens, found.cap_bytes = tokens, cap_bytes
     return found
 
