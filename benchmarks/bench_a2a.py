@@ -19,7 +19,7 @@ import torch.distributed as dist
 from common import machine
 from torch import Tensor
 
-from lina.parallel.tokens.p2p import _Round
+from lina.parallel.tokens.round import Round
 from lina.parallel.transport.peers import Peers
 
 MEGABYTES = (1, 4, 16, 64, 256)
@@ -60,7 +60,7 @@ class Exchange:
         rank, ep = peers.rank, peers.ep
         draw = torch.Generator().manual_seed(rank)
         layer = peers.layer(T, D, K, E, torch.bfloat16, False, tokens=T)
-        self.round, self.C = _Round(peers, layer, T, D, K, E, torch.bfloat16), layer.C
+        self.round, self.C = Round(peers, layer, T, D, K, E, torch.bfloat16), layer.C
         self.x = torch.randn(T, D, device="cuda", dtype=torch.bfloat16)
         expert = torch.rand(T, E, generator=draw).argsort(-1)[:, :K]
         if away:                                     # each row leaves, to the other ranks in turn

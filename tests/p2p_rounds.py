@@ -11,7 +11,7 @@ from parallel_worker import error_of
 
 import lina
 from lina import _C, parallel
-from lina.parallel.tokens.p2p import _Round
+from lina.parallel.tokens.round import Round
 from lina.parallel.transport.peers import Peers
 
 
@@ -52,7 +52,7 @@ def priority(device) -> None:
         return _C.read_priority(index)[0]
 
     for on in (False, True):
-        call = _Round(peers, layer, T, D, K, E, torch.bfloat16, on)
+        call = Round(peers, layer, T, D, K, E, torch.bfloat16, on)
         def out(call=call) -> None:
             call.dispatch("out", x, expert, weight, slot, count, None, *received)
         def back(call=call) -> None:

@@ -25,10 +25,10 @@ LINKS = dict(device="cpu", transports=["fake"], shapes=[])
 class Fake:
     """A transport on a clock of its own, which only its calls advance: by their time exactly, or
     ``late[i % len(late)]`` seconds more in call i of a size. By size, ``calls`` counts them; sizes
-    of ``room`` bytes and more cannot be prepared."""
+    of ``room`` bytes and more cannot be prepared. A call does the operation ``each`` times."""
 
-    def __init__(self, alpha=ALPHA, beta=BETA, late=(0.0,), room=math.inf):
-        self.alpha, self.beta, self.late, self.room = alpha, beta, late, room
+    def __init__(self, alpha=ALPHA, beta=BETA, late=(0.0,), room=math.inf, each=1):
+        self.alpha, self.beta, self.late, self.room, self.each = alpha, beta, late, room, each
         self.now, self.calls = 0.0, {}
 
     def perf_counter(self):
@@ -40,7 +40,7 @@ class Fake:
         self.calls[n] = 0
 
         def run():
-            self.now += self.alpha + n * self.beta + self.late[self.calls[n] % len(self.late)]
+            self.now += self.each * (self.alpha + n * self.beta) + self.late[self.calls[n] % len(self.late)]
             self.calls[n] += 1
         return run
 
@@ -48,13 +48,13 @@ class Fake:
         """The model of it alone."""
         for module in (measure, running):
             monkeypatch.setattr(module, "time", self)
-        with registered_as("a2a", "fake", self.prepare):
+        with registered_as("a2a", "fake", self.prepare, each=self.each):
             return lina.profile(**{**LINKS, **given})
 
 
 @contextlib.contextmanager
-def registered_as(operation, transport, prepare, available=lambda ranks: True):
-    register(operation, transport, prepare, available)
+def registered_as(operation, transport, prepare, available=lambda ranks: True, each=1):
+    register(operation, transport, prepare, available, each)
     try:
         yield
     finally:
@@ -64,8 +64,9 @@ def registered_as(operation, transport, prepare, available=lambda ranks: True):
 # ---- the fit ----
 
 
-def test_a_synthetic_link_is_recovered(monkeypatch):
-    model = Fake().profile(monkeypatch, budget_s=3, sizes=SIZES)
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_synthetic_link_is_recovered(each, monkeypatch):
+    model = Fake(each=each).profile(monkeypatch, budget_s=3, sizes=SIZES)
     line = model.line("a2a")
     assert [p.n for p in line.points] == list(SIZES)
     for p in line.points:                   # sums of a few hundred terms on the clock

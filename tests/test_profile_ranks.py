@@ -216,5 +216,6 @@ def test_two_gpus(main, tmp_path):
     assert code == 0, err
     model = CostModel.load(tmp_path / "m.json", device="cuda", world=2)
     assert {(op, t) for op in ("a2a", "allreduce") for t in ("c10d", "nccl")} <= set(model.links), out
+    assert ("a2a", "p2p") in model.links, out
     for line in model.links.values():
         assert len(line.points) == 6 and line.beta_s < 1e-9, out     # 1 GB/s: any link between GPUs

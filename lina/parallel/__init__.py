@@ -27,6 +27,7 @@ from lina.parallel.state import (
     take_part,
 )
 from lina.parallel.tokens.dispatch import Route, collect, dispatch
+from lina.parallel.tokens.round import round_trip
 from lina.parallel.tokens.spread import moe
 from lina.parallel.transport.carriers import makers
 from lina.parallel.transport.nccl import Reducer
@@ -37,5 +38,5 @@ __all__ = [
     "Route", "Settings", "Trial", "Workload", "allreduce_hook", "check_stamp", "clip_grad_norm_", "collect",
     "ddp", "default_path", "dispatch", "ep_rank", "ep_size", "expert_parameters", "fsdp", "gather",
     "gathered_state_dict", "gathering", "groups", "local_count", "machine_facts", "makers", "mesh", "moe",
-    "predict", "regroup", "release", "settings", "shard", "stamp_or_gather", "take_part",
+    "predict", "regroup", "release", "round_trip", "settings", "shard", "stamp_or_gather", "take_part",
 ]

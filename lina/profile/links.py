@@ -1,4 +1,4 @@
-"""What travels between ranks, by operation and transport: the registry, c10d's and nccl's measurers.
+"""What travels between ranks, by operation and transport: the registry, and lina's own measurers.
 
 A transport that is to be measured too registers, for each operation, how to do it once.
 """
@@ -26,6 +26,7 @@ class Measurer(NamedTuple):
 
     prepare: Callable[[Ranks, int], Run]
     available: Callable[[Ranks], bool]
+    each: int                           # operations of one run
 
 
 _registry: dict[tuple[str, str], Measurer] = {}
@@ -41,7 +42,7 @@ def exchanges(ranks: Ranks) -> bool:
 
 
 def register(operation: str, transport: str, prepare: Callable[[Ranks, int], Run],
-             available: Callable[[Ranks], bool] = _several) -> None:
+             available: Callable[[Ranks], bool] = _several, each: int = 1) -> None:
     """Lets :func:`lina.profile` measure ``operation`` by ``transport``; a later one of the same names
     takes its place.
 
@@ -56,13 +57,14 @@ def register(operation: str, transport: str, prepare: Callable[[Ranks, int], Run
             the reason why nothing was measured.
         available: whether the ranks have that transport; the same answer on all of them. By default
             where there are several.
+        each: how many operations of n bytes, one after the other, one call of what ``prepare`` returns does.
 
     Raises:
         ValueError: another operation.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"register: operation is {operation!r}, must be one of {', '.join(OPERATIONS)}")
-    _registry[operation, transport] = Measurer(prepare, available)
+    _registry[operation, transport] = Measurer(prepare, available, each)
 
 
 def unregister(operation: str, transport: str) -> None:
@@ -119,7 +121,7 @@ def _c10d_allreduce(ranks: Ranks, n: int) -> Run:
     return lambda: dist.all_reduce(buffer, group=ranks.world)
 
 
-def _nccl_here(ranks: Ranks) -> bool:
+def _on_gpus(ranks: Ranks) -> bool:
     return _several(ranks) and ranks.device.type == "cuda" and _C.CUDA
 
 
@@ -137,7 +139,7 @@ def _nccl_allreduce(ranks: Ranks, n: int) -> Run:
     from lina.parallel import Reducer
 
     group = ranks.world
-    assert group is not None            # _nccl_here
+    assert group is not None            # _on_gpus
     if group not in _reducers:
         _reducers[group] = Reducer(group, (0.0, 1e-12), 1.0)
     reducer = _reducers[group]
@@ -149,7 +151,16 @@ def _nccl_allreduce(ranks: Ranks, n: int) -> Run:
     return run
 
 
+def _p2p_a2a(ranks: Ranks, n: int) -> Run:
+    """There and back, as nothing can be sent twice the same way."""
+    from lina.parallel import round_trip
+
+    assert ranks.ep is not None         # exchanges
+    return round_trip(ranks.ep, ranks.device, n)
+
+
 register("a2a", "c10d", _c10d_a2a, exchanges)
 register("allreduce", "c10d", _c10d_allreduce)
-register("a2a", "nccl", exchange(_nccl_transport), lambda ranks: exchanges(ranks) and _nccl_here(ranks))
-register("allreduce", "nccl", _nccl_allreduce, _nccl_here)
+register("a2a", "nccl", exchange(_nccl_transport), lambda ranks: exchanges(ranks) and _on_gpus(ranks))
+register("allreduce", "nccl", _nccl_allreduce, _on_gpus)
+register("a2a", "p2p", _p2p_a2a, lambda ranks: exchanges(ranks) and _on_gpus(ranks), each=2)

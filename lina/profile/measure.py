@@ -62,8 +62,10 @@ class Ranks:
         return f"rank {rank}: {said[rank]}"
 
 
-def sweep(ranks: Ranks, prepare: Prepare, sizes: Sequence[int], seconds: float) -> tuple[Line | None, str]:
-    """The line through the times of several sizes, smallest first, in about ``seconds``.
+def sweep(ranks: Ranks, prepare: Prepare, sizes: Sequence[int], seconds: float,
+          each: int = 1) -> tuple[Line | None, str]:
+    """The line through the times of several sizes, smallest first, in about ``seconds``; a run does the
+    operation ``each`` times.
 
     The first FEWEST sizes are always measured; a larger one only if the time left is likely to do.
     Returns no line, and one line of text saying why, if some rank could not prepare that many.
@@ -71,7 +73,7 @@ def sweep(ranks: Ranks, prepare: Prepare, sizes: Sequence[int], seconds: float) 
     points: list[Point] = []
     left = seconds
     for n in sorted(sizes):
-        likely = points[-1].time_s * n / points[-1].n if points else 0.0
+        likely = each * points[-1].time_s * n / points[-1].n if points else 0.0
         if len(points) >= FEWEST and (ROUND + 3) * likely > left:
             break
         start = time.perf_counter()
@@ -81,7 +83,7 @@ def sweep(ranks: Ranks, prepare: Prepare, sizes: Sequence[int], seconds: float) 
                 break
             return None, error
         # half now, so that the larger sizes, which say most of beta, get theirs
-        points.append(_point(n, times(ranks, run, left / 2)))
+        points.append(_point(n, [t / each for t in times(ranks, run, left / 2)]))
         del run
         left -= ranks.slowest([time.perf_counter() - start])[0]
     return Line.fit(points), ""

@@ -65,30 +65,30 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
     single: dict[str, Line] = {}
     notes: list[str] = []
 
-    tasks: list[tuple[float, str, Callable, Sequence[int], Sink]] = []
+    tasks: list[tuple[float, str, Callable, Sequence[int], Sink, int]] = []
     for key, measurer in links.registered().items():
         if key[1] in wanted and measurer.available(ranks):
             tasks.append((LINK, " ".join(key), partial(measurer.prepare, ranks), sizes,
-                          partial(found_links.__setitem__, key)))
+                          partial(found_links.__setitem__, key), measurer.each))
         elif transports is not None and key[1] in wanted:
             notes.append(f"{key[0]} {key[1]}: not available here")
     for shape in shapes:
         for way in ("forward", "backward"):
             tasks.append((PASS, f"experts {way}", _on_experts(ranks, shape, way),
-                          compute.expert_rows(shape, kind), partial(passes[shape].__setitem__, way)))
+                          compute.expert_rows(shape, kind), partial(passes[shape].__setitem__, way), 1))
     if shapes:
         tasks.append((GEMM, "gemm", partial(compute.gemm, ranks, shapes[0]),
-                      compute.gemm_flops(shapes[0], kind), partial(single.__setitem__, "gemm")))
+                      compute.gemm_flops(shapes[0], kind), partial(single.__setitem__, "gemm"), 1))
         tasks.append((COPY, "copy", partial(compute.copy, ranks), compute.COPIES[kind],
-                      partial(single.__setitem__, "copy")))
+                      partial(single.__setitem__, "copy"), 1))
 
     while tasks:
         share = tasks[0][0] / sum(task[0] for task in tasks)
-        _, name, prepare, ns, keep = tasks.pop(0)
+        _, name, prepare, ns, keep, each = tasks.pop(0)
         if progress is not None:
             progress(name)
         spent = ranks.slowest([time.perf_counter() - start])[0]
-        line, why = sweep(ranks, prepare, ns, share * (budget_s - spent))
+        line, why = sweep(ranks, prepare, ns, share * (budget_s - spent), each)
         if line is None:
             notes.append(f"{name}: {why}")
         else:

@@ -11,16 +11,15 @@ Contract of the kernels, and why the buffers can be used again: csrc/cuda/peers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lina import _C, ops, tracing
+from lina import ops
 from lina.parallel.tokens.dispatch import eagerly
-from lina.parallel.transport.peers import Agreed, Peers
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)      # in the order of csrc/dtype.h
+from lina.parallel.tokens.round import DTYPES, Round
+from lina.parallel.transport.peers import Peers
 
 
 def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down: Tensor, *, experts: int,
@@ -70,50 +69,14 @@ def _moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: tuple, exp
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     (T, D), K = x_TD.shape, weight_TK.shape[1]
     layer = peers.layer(T, D, K, experts, x_TD.dtype, grad, tokens)
-    call = _Round(peers, layer, T, D, K, experts, x_TD.dtype, grad)
+    call = Round(peers, layer, T, D, K, experts, x_TD.dtype, grad)
     return _Moe.apply(x_TD, weight_TK, expert_TK, *weights, call, options, grad)
-
-
-class _Round(NamedTuple):
-    """One layer's exchanges: rows out, rows back."""
-
-    peers: Peers
-    layer: Agreed
-    T: int
-    D: int
-    K: int
-    E: int
-    dtype: torch.dtype
-    priority: bool = False             # gradients give way while it runs: rounds of training
-
-    def dispatch(self, name: str, x: Tensor, expert: Tensor | None, weight: Tensor | None, slot: Tensor,
-                 count: Tensor, x_R: Tensor | None, weight_R: Tensor | None, expert_R: Tensor | None) -> None:
-        width = self.D * self.dtype.itemsize + (0 if expert is None else 8 * self.K)
-        with tracing.span("a2a", name, bytes=lambda: self._leaving(count[0]) * width):
-            _C.peers_dispatch(*self.peers.launch(), self.layer.tag, self.priority,
-                              self.T, self.layer.C, self.K, self.E, self.D * self.dtype.itemsize,
-                              *map(_at, (x, expert, weight, slot, count, x_R, weight_R, expert_R)))
-
-    def collect(self, name: str, y: Tensor, pair_row: Tensor | None, weight_R: Tensor | None,
-                dweight_R: Tensor | None, slot: Tensor, count: Tensor, expert: Tensor,
-                dweight: Tensor | None) -> Tensor:
-        out = y.new_empty(self.T, self.D)
-        width = self.D * self.dtype.itemsize + (0 if dweight is None else 4 * self.K)
-        with tracing.span("a2a", name, bytes=lambda: self._leaving(count[1]) * width):
-            _C.peers_collect(*self.peers.launch(), self.layer.tag, self.priority,
-                             self.T, self.layer.C, self.K, self.E, self.D, _DTYPES.index(self.dtype),
-                             *map(_at, (y, pair_row, weight_R, dweight_R, slot, count, expert, out, dweight)))
-        return out
-
-    def _leaving(self, rows: Tensor) -> int:
-        """Rows that go to other ranks, of those to each rank."""
-        return int(rows.sum() - rows[self.peers.rank])
 
 
 class _Moe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down: Tensor,
-                b_up: Tensor | None, b_down: Tensor | None, call: _Round, options: tuple,
+                b_up: Tensor | None, b_down: Tensor | None, call: Round, options: tuple,
                 grad: bool) -> Tensor:
         R, ep = call.peers.ep * call.layer.C, call.peers.ep
         try:                   # from the first allocation on: peers must not wait for a rank without memory
@@ -164,11 +127,11 @@ class _Moe(torch.autograd.Function):
 def _check(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: tuple, experts: int,
            peers: Peers) -> None:
     w_up, w_down = weights[:2]
-    if x_TD.dim() != 2 or x_TD.dtype not in _DTYPES or x_TD.device != peers.device:
+    if x_TD.dim() != 2 or x_TD.dtype not in DTYPES or x_TD.device != peers.device:
         raise ValueError(f"p2p: x is {x_TD.dtype} of shape {tuple(x_TD.shape)} on {x_TD.device}, must be "
                          f"[T, D] of float32, bfloat16 or float16 on {peers.device}")
     T, D = x_TD.shape
-    if (weight_TK.dim() != 2 or weight_TK.shape[0] != T or weight_TK.dtype not in _DTYPES
+    if (weight_TK.dim() != 2 or weight_TK.shape[0] != T or weight_TK.dtype not in DTYPES
             or weight_TK.device != peers.device or not 1 <= weight_TK.shape[1] <= 1024):
         raise ValueError(f"p2p: weight is {weight_TK.dtype} of shape {tuple(weight_TK.shape)}, must be "
                          f"[{T}, K] of a float dtype up to float32 on {peers.device}, K at most 1024")
@@ -186,9 +149,3 @@ def _check(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: tuple, e
         if w is not None and (w.dtype != x_TD.dtype or w.device != x_TD.device):
             raise ValueError(f"p2p: {name} is {w.dtype} on {w.device}, must be as x: {x_TD.dtype} on "
                              f"{x_TD.device}")
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
