@@ -58,6 +58,7 @@ class Bench:
         self.agreement = Agreement()
         self.cost: Any = None
         self.dense: Any = None
+        self.plan: parallel.Plan | None = None
 
     def check_small(self, name: str, degree: tuple[int, int]) -> dict[str, float]:
         """In parts of what is allowed."""
@@ -97,8 +98,23 @@ class Bench:
             row["predicted_s"] = step_s(trainer.model, self.p, self.mesh, self.cost, self.dense, optimizer_s,
                                         name, degree, self.tokens)
             row["optimizer_s"] = optimizer_s
+        if name == "auto":
+            self.plan = trainer.wrapped.plan
+            row["plan"] = self.plan.as_json()
+            row["predicted_s"] = self.plan.chosen.step_s if self.plan.chosen else None
+            say(f"  {self.plan}")
         trainer.close()
         return row
+
+    def planned(self, rows: dict[str, Any]) -> None:
+        """What the plan of `auto` predicts for the designs that were timed."""
+        for label, name, degree in designs(",".join(rows)):
+            way = ("c10d", "plain", (1, 1)) if name == "plain" else (name, "lina", degree)
+            trials = [t for t in self.plan.trials if (t.transport, t.schedule, t.degree) == way]
+            if trials and trials[0].ep == self.plan.load.ep:
+                took = rows[label]["step"]["median"]
+                rows[label]["planned_s"] = s = min(t.step_s for t in trials)
+                say(f"planned {label:13s} {s * 1e3:8.2f} ms, measured {took * 1e3:8.2f}: {s / took - 1:+.1%}")
 
     def prepare(self, names: list[str]) -> None:
         if self.args.predict or "auto" in names:
@@ -188,6 +204,8 @@ def main() -> None:
         gc.collect()
         if bench.clock.cuda:
             torch.cuda.empty_cache()
+    if bench.plan is not None:
+        bench.planned(rows)
     case = dict(model=args.model, preset=vars(p), tokens=bench.tokens, designs=rows)
     save(args.json, "step", found | dict(not_timed=missing), [case])
     end()

@@ -20,6 +20,7 @@ from lina import parallel, tracing
 from lina.tracefile import busy, length, subtract, union
 
 STEPS = 5
+OBSERVE = 3                 # of them, before a plan is made
 # In float32. A gradient passes some 64 stored values, each rounded by half an eps at most, in norm as
 # independent errors; norms and softmax may enlarge that: 16 times. Relative to the gradient's norm.
 GRADIENT = 16 * 64**0.5 * torch.finfo(torch.float32).eps / 2
@@ -40,6 +41,7 @@ class Trainer:
         chosen = parallel.settings(mesh)
         chosen.transport = name if name in ("nccl", "p2p", "auto") else "c10d"
         chosen.degree = degree if name in ("c10d", "nccl", "p2p") else (1, 1)
+        chosen.tokens = tokens
         torch.manual_seed(1)
         self.model = GPT(p, mesh, device, dtype)
         self.batch = batch(p, device, tokens)
@@ -51,7 +53,7 @@ class Trainer:
             self.wrapped = lina.ddp(self.model, mesh, schedule="plain")
         elif name == "auto":
             self._load()
-            self.wrapped = lina.ddp(self.model, mesh, schedule="auto")
+            self.wrapped = lina.ddp(self.model, mesh, schedule="auto", observe=OBSERVE)
         else:
             self._load()
             self.hook = lina.HookState(mesh)
