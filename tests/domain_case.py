@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lina.parallel.transport import domain, peers
+from lina.parallel.transport import domain, peers, rounds
 from lina.parallel.transport.domain import Domain
 from lina.parallel.transport.peers import Peers
 
@@ -127,10 +127,10 @@ def fake(monkeypatch) -> Fake:
     made = Fake()
     for module in (domain, peers):
         monkeypatch.setattr(module, "_C", made)
-    monkeypatch.setattr(domain, "_get_process_group_store", made.store)
+    monkeypatch.setattr(rounds, "_get_process_group_store", made.store)
     monkeypatch.setattr(domain, "timeout_of", lambda group: None)
     monkeypatch.setattr(domain, "_mapped", {})
-    monkeypatch.setattr(domain, "_numbers", Numbers(made.here))
+    monkeypatch.setattr(rounds, "_numbers", Numbers(made.here))
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(group.size())))
     monkeypatch.setattr(torch, "as_tensor", lambda memory, device: None)
     for name, value in dict(device=made.device, current_stream=made.stream,

@@ -7,6 +7,7 @@ from ranks import Run, each_scenario
 RUNS = {
     "spread4": Run("spread_worker", ["degrees:4", "degrees:2", "kinds", "repeats", "refusals", "passed",
                                      "delays:2:12", "delays:4:8"], 4),
+    "graph4": Run("graph_worker", ["padded_rows"], 4),
     "train4": Run("parallel_worker", [*(f"parity:{ep}:deepseek:lina" for ep in (1, 2, 4)),
                                       "parity:2:topk:lina:c10d", "accumulation:2:lina", "unused:2:find:lina",
                                       "unused:2:static:lina", "low_precision:lina"], 4),
@@ -16,6 +17,7 @@ RUNS = {
     "gpu-spread2": Run("spread_worker", [
         f"{name}:{transport}" for transport in ("c10d", "nccl")
         for name in ("degrees:2", "kinds", "repeats", "refusals", "delays:2:5")], 2, "nccl"),
+    "gpu-graph2": Run("graph_worker", ["padded_rows", "graph:nccl", "graph:c10d"], 2, "nccl"),
     "gpu-train2": Run("parallel_worker", [f"parity:{ep}:deepseek:lina:{transport}" for ep in (1, 2)
                                           for transport in ("c10d", "nccl")], 2, "nccl"),
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 from lina import ops, tracing
 from lina.parallel.plan.observe import saw_rows
 from lina.parallel.tokens.header import FIRST, check, facts, header
-from lina.parallel.transport.base import failure, gate
+from lina.parallel.transport.base import Transport, failure, gate
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Route:
     token_S: Tensor                # i32: the token of each sent row
     row_TK: Tensor                 # i64: the sent row that carries pair (t, k); -1 if none
     rows: Any                      # ops.Rows over (token, rank)
+    carrier: Transport | None = None   # what the bytes travel by; None: torch.distributed
 
 
 def dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
@@ -82,8 +83,13 @@ def _dispatch(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
     grad = torch.is_grad_enabled()
     needs = grad and x_TD.requires_grad, grad and weight_TK.requires_grad, grad and trained
     route = _plan(expert_TK, experts, facts((1, 1), x_TD, weight_TK, experts, needs), group)
-    x_RD, weight_RK, expert_RK = _Dispatch.apply(x_TD, weight_TK, expert_TK, experts, route)
-    return x_RD, weight_RK, expert_RK, route
+    return *send(x_TD, weight_TK, expert_TK, experts, route), route
+
+
+def send(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
+         route: Route) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows received by a ``route`` that is known: x_RD, weight_RK and expert_RK of :func:`dispatch`."""
+    return _Dispatch.apply(x_TD, weight_TK, expert_TK, experts, route)
 
 
 def collect(y_RD: Tensor, route: Route | None) -> Tensor:
@@ -198,9 +204,12 @@ def _exchange(name: str, rows: Tensor, route: Route, *, out: bool) -> Tensor:
     send, receive = (route.sent, route.received) if out else (route.received, route.sent)
     result = rows.new_empty(sum(receive), rows.shape[1])
     width = rows.shape[1] * rows.element_size()
+    splits = [n * width for n in receive], [n * width for n in send]
+    if route.carrier is not None:
+        route.carrier.start(name, raw(result), raw(rows), *splits).wait()
+        return result
     with tracing.span("a2a", name, bytes=rows.nbytes):
-        _all_to_all(name, raw(result), raw(rows), [n * width for n in receive],
-                    [n * width for n in send], route.group)
+        _all_to_all(name, raw(result), raw(rows), *splits, route.group)
     return result
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,15 +27,6 @@ class Job(NamedTuple):
     def ranks(self) -> tuple[int, int]:
         """This rank of the group, and their number."""
         return self.transport.group.rank(), self.transport.group.size()
-
-
-@contextmanager
-def ahead(carrier: Transport) -> Iterator[None]:
-    carrier.imminent()
-    try:
-        yield
-    finally:
-        carrier.settled()
 
 
 @torch.no_grad()

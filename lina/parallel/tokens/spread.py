@@ -30,11 +30,12 @@ from lina import ops
 from lina.parallel.mesh import groups, local_count
 from lina.parallel.plan.observe import saw_layer
 from lina.parallel.settings import chosen, settings
-from lina.parallel.tokens import p2p
+from lina.parallel.tokens import p2p, padded
 from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
 from lina.parallel.tokens.header import facts
 from lina.parallel.tokens.layout import Layout, found_in
-from lina.parallel.tokens.passes import Job, ahead, plan, run
+from lina.parallel.tokens.passes import Job, plan, run
+from lina.parallel.transport.base import ahead
 from lina.parallel.transport.carriers import transport
 from lina.parallel.transport.peers import peers_of
 
@@ -61,6 +62,9 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
             D, K, dtypes, experts, need of gradients or degrees, then on every rank.
         RuntimeError: another rank failed or left, within the transport's timeout. Also for
             differentiating twice.
+
+    Captured in a CUDA graph, over c10d or nccl, the layer runs in one pass and sends as many rows to
+    every rank as any rank has tokens (padded.py). All ranks capture it, after running it once.
     """
     ep, local = groups(mesh).ep, local_count(experts, mesh)
     if ep.size() == 1:
@@ -82,6 +86,11 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
         return p2p.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts, peers=peers, **options)
     x_TD, weight_TK, *weights, raw_options = ops.moe_arguments(
         "moe", x_TD, weight_TK, expert_TK, w_up, w_down, **options)
+    in_graph: Any = eagerly(padded.capturing)
+    if in_graph(x_TD):
+        w_up, options["b_up"], w_down, options["b_down"] = weights
+        return padded.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts,
+                          carrier=transport(mesh), **options)
     if name == "c10d" and degree == (1, 1):
         w_up, options["b_up"], w_down, options["b_down"] = weights
         trained = any(t is not None and t.requires_grad for t in weights)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +79,15 @@ class Transport(ABC):
     def close(self) -> None:
         """Give back what the transport holds; nothing is in flight."""
         return None
+
+
+@contextmanager
+def ahead(carrier: Transport) -> Iterator[None]:
+    carrier.imminent()
+    try:
+        yield
+    finally:
+        carrier.settled()
 
 
 class Gate:

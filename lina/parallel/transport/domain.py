@@ -1,19 +1,15 @@
 """The ranks of one NVLink domain: what they tell each other, and memory that all of them have mapped.
 
-They speak through their group's store, in rounds: in each every rank says something and hears what all
-others said. Rounds have a kind, and each kind a count of its own, so that a rank which is at another
-step is waited for in vain, instead of being misunderstood.
+They speak through their group's store (rounds.py).
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import socket
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store
 
 from lina import _C
 from lina.parallel.mesh import timeout_of
+from lina.parallel.transport.rounds import Rounds
 
 MAX_RANKS = 8
 CLOSE_S = 10.0        # most that closing waits for the other ranks
@@ -70,10 +66,7 @@ class Domain:
         self.ep, self.rank, self.purpose, self.timeout_s = ep, group.rank(), purpose, timeout_s
         self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
         self.sms = 0                   # SMs that its kernels hold while they wait
-        self._group = weakref.ref(group)
-        self._store: Any = None
-        self._rounds: Counter[str] = Counter()
-        self._lost = ""                # why no further round can be
+        self._rounds = Rounds("p2p", group, purpose, timeout_s)
         _domains.add(self)
 
     def room(self) -> tuple[int, int]:
@@ -87,39 +80,8 @@ class Domain:
         return every, max(others, default=0)
 
     def gather(self, kind: str, said: Any, timeout_s: float | None = None) -> list[Any]:
-        """What every rank said in its next round of this kind.
-
-        Raises:
-            RuntimeError: a rank did not come in time. Nor does any later round begin then: some ranks may
-                have heard of this one what others have not.
-        """
-        if self._lost:
-            raise RuntimeError(self._lost)
-        store, seconds = self._rendezvous(), timeout_s or self.timeout_s
-        n = self._rounds[kind]
-        self._rounds[kind] += 1
-        store.set(f"{kind}.{n}.{self.rank}", json.dumps(said))
-        keys = [f"{kind}.{n}.{r}" for r in range(self.ep)]
-        try:
-            store.wait(keys, timedelta(seconds=seconds))
-        except (RuntimeError, ValueError) as error:
-            self._lost = (f"p2p: not all {self.ep} ranks came to tell of their {kind} within {seconds:g} s; "
-                          f"one has stopped, or does something else: {error}")
-            raise RuntimeError(self._lost) from error
-        return [json.loads(store.get(key)) for key in keys]
-
-    def _rendezvous(self) -> Any:
-        """Keys of this domain alone. It is numbered at its first round, which all ranks take together, and
-        not as it is made: in which order that happens is each rank's own affair."""
-        if self._store is None:
-            group = self._group()
-            if group is None:
-                raise RuntimeError("p2p: the process group is destroyed")
-            ranks = "-".join(map(str, sorted(dist.get_process_group_ranks(group))))
-            _numbers[group.group_name, self.purpose] += 1
-            name = f"lina.p2p/{self.purpose}/{ranks}/{_numbers[group.group_name, self.purpose]}"
-            self._store = dist.PrefixStore(name, _get_process_group_store(group))
-        return self._store
+        """What every rank said in its next round of this kind; raises as :meth:`Rounds.gather`."""
+        return self._rounds.gather(kind, said, timeout_s)
 
     def compare(self, op: str, facts: dict[str, Any], more: Any) -> list[Any]:
         """Every rank's ``more``; a ValueError on all of them unless ``facts`` are everywhere the same."""
@@ -180,7 +142,6 @@ class Domain:
 
 
 _domains: weakref.WeakSet[Domain] = weakref.WeakSet()
-_numbers: Counter[tuple[str, str]] = Counter()
 # All memory that a peer may have mapped, whether or not anything here still uses it: work on it may be in
 # flight, here or there.
 _mapped: dict[int, Mapped] = {}

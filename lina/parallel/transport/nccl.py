@@ -68,6 +68,9 @@ class NCCL(Transport):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("nccl: the first exchange of a group makes connections, which a graph capture "
+                               "cannot hold: run the layer once before")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.stream = stream(self.device, "a2a")
         self.comm = communicator("a2a", group, self.device)
