@@ -74,6 +74,7 @@ class Exchange:
         self.expert_R = torch.empty(ep * layer.C, K, dtype=torch.int32, device="cuda")
         self.y = torch.empty(ep * layer.C, D, device="cuda", dtype=torch.bfloat16)
         self.pairs: tuple[Tensor | None, Tensor | None] = None, None       # rows of y and weights, by pair
+        self.out = torch.empty_like(self.x)
         self.rows = peers.rows(layer, D, torch.bfloat16)
 
     def dispatch(self) -> None:
@@ -81,8 +82,9 @@ class Exchange:
                             self.weight_R, self.expert_R)
 
     def collect(self) -> Tensor:
-        return self.round.collect("collect", self.y, *self.pairs, None, self.slot, self.count, self.expert,
-                                  None)
+        self.round.collect("collect", self.y, *self.pairs, None, self.slot, self.count, self.expert, self.out,
+                           None)
+        return self.out
 
     def by_pair(self) -> None:
         """From here on rows that come back are summed over their experts first, as a layer's forward does."""

@@ -34,7 +34,7 @@ SHAPES = {
 }
 TINY = {"qwen3": Shape("tiny", 96, 32, 24, 8, 4), "decode": Shape("tiny, few tokens", 5, 32, 24, 8, 4)}
 CHECK, TINY_CHECK = Shape("check", 512, 1024, 256, 16, 4), Shape("check", 64, 32, 16, 8, 4)
-DESIGNS = {"cuda": "torch,torch-select,c10d@1,nccl@1,nccl@2,nccl@3,nccl@4,p2p,ligercute",
+DESIGNS = {"cuda": "torch,torch-select,c10d@1,nccl@1,nccl@2,nccl@3,nccl@4,p2p,p2p@2,p2p@3,ligercute",
            "cpu": "torch,torch-select,c10d@1,c10d@2,c10d@3"}
 GRAPH_TOKENS = 128         # up to so many, a replay of a CUDA graph is timed too
 
@@ -194,7 +194,7 @@ def time_all(problem: Problem, todo: list, clock: Clock) -> dict[str, dict]:
 def options() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; default: all")
-    parser.add_argument("--designs", help="for example torch,nccl@1,nccl@2/3,p2p (@forward/backward: passes)")
+    parser.add_argument("--designs", help="for example torch,nccl@1,nccl@2/3,p2p,p2p@2 (@forward/backward: passes)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: on a CPU float32")
     return parser.parse_args()
 

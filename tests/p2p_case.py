@@ -43,10 +43,11 @@ def plain(leaves, expert, E: int, group):
     return parallel.collect(ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options), route)
 
 
-def ours(leaves, expert, E: int, peers: Peers, **more):
+def ours(leaves, expert, E: int, peers: Peers | list[Peers], **more):
     x, weight, w_up, w_down, *bias = leaves
     options = dict(zip(("b_up", "b_down"), bias, strict=False), **more)
-    return moe(x, weight, expert, w_up, w_down, experts=E, peers=peers, **options)
+    several = peers if isinstance(peers, list) else [peers]
+    return moe(x, weight, expert, w_up, w_down, experts=E, peers=several, **options)
 
 
 wrong: list[str] = []

@@ -12,7 +12,7 @@ from parallel_worker import error_of
 import lina
 from lina import _C, parallel
 from lina.parallel.tokens.round import Round
-from lina.parallel.transport.peers import Peers
+from lina.parallel.transport.peers import Peers, peers_of
 
 
 def ways(device) -> None:
@@ -52,11 +52,11 @@ def priority(device) -> None:
         return _C.read_priority(index)[0]
 
     for on in (False, True):
-        call = Round(peers, layer, T, D, K, E, torch.bfloat16, on)
+        call = Round(peers, layer, T, D, K, E, torch.bfloat16, on, on)
         def out(call=call) -> None:
             call.dispatch("out", x, expert, weight, slot, count, None, *received)
         def back(call=call) -> None:
-            call.collect("back", y, None, None, None, slot, count, expert, None)
+            call.collect("back", y, None, None, None, slot, count, expert, torch.empty_like(x), None)
         out(), back()
         graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
         for graph, half in zip(graphs, (out, back), strict=True):
@@ -85,7 +85,8 @@ def priority(device) -> None:
 
 
 def degree(device) -> None:
-    """More than one pass is refused before anything is sent; what lina.ddp chooses by itself is one."""
+    """Several passes: results as over c10d, the same bits again, in a graph too; other degrees backward are
+    refused before anything is sent; what lina.ddp chooses by itself is one pass."""
     mesh = lina.mesh(ep=world(), transport="p2p")
     leaves, expert, E = inputs(device, 20, 64, 32, 2, torch.bfloat16, "random", bias=False)
 
@@ -93,7 +94,25 @@ def degree(device) -> None:
         return parallel.moe(leaves[0], leaves[1], expert, *leaves[2:], experts=E, mesh=mesh)
 
     parallel.settings(mesh).degree = 2, 1
-    assert "p2p runs in one pass" in error_of(ValueError, call)
+    assert "as many passes backward as forward" in error_of(ValueError, call)
+    group = parallel.groups(mesh).ep
+    for r in (2, 3):
+        peers = peers_of(group, r, tokens=1001)
+        for T in (1001 - 7 * dist.get_rank(), r - 1):
+            many, ids, E = inputs(device, T, 256, 64, 4, torch.bfloat16, "wide")
+            both(many, ids, E, peers, group, f"{r} passes, {T=}")
+            def run(many=many, ids=ids, E=E, peers=peers) -> list:
+                return on_fresh(lambda fresh: ours(fresh, ids, E, peers), many, True)
+
+            first, again = run(), run()
+            same(again, first, f"{r} passes, {T=}")
+            torch.cuda.synchronize()
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+                held = run()
+            captured.replay()
+            same(held, first, f"{r} passes, {T=}, replayed")
+            torch.cuda.synchronize()
     net = lina.MoE(64, 32, E, 2, mesh=mesh, device=device)
     lina.ddp(net, mesh, schedule="lina")
     assert parallel.settings(mesh).degree == (1, 1)

@@ -65,9 +65,12 @@ def test_the_cap_is_read_at_each_agreement(fake: Fake) -> None:
 def test_settings_reach_the_peers(fake: Fake) -> None:
     """A mesh's settings, as spread layers hand them over."""
     group = fake.group(0)
-    found = peers.peers_of(group, device=torch.device("cuda", 0), tokens=8)
-    assert peers.peers_of(group, tokens=9, cap_bytes=10) is found
-    assert (found.tokens, found.cap_bytes) == (9, 10)
+    (found,) = peers.peers_of(group, 1, device=torch.device("cuda", 0), tokens=8)
+    assert peers.peers_of(group, 1, tokens=9, cap_bytes=10)[0] is found
+    assert (found.tokens, found.cap_bytes, found.sms) == (9, 10, peers.share(fake.sms))
+    several = peers.peers_of(group, 2, device=torch.device("cuda", 0), tokens=9, cap_bytes=11)
+    assert found not in several and [(one.tokens, one.cap_bytes, one.sms) for one in several] == [
+        (5, 5, peers.share(fake.sms) // 3)] * 2
 
 
 def test_other_tokens_in_a_capture(fake: Fake) -> None:

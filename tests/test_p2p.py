@@ -27,7 +27,8 @@ SCENARIOS = [*(f"parity:{kind}" for kind in KINDS), "many_tokens", "ways", "prio
              *(f"broken:{how}" for how in ("overflow", "mismatch", "absent"))]
 
 
-@each_scenario(Run("p2p_worker", SCENARIOS, 2, "nccl"))
+@each_scenario({"gpu-peers2": Run("p2p_worker", SCENARIOS, 2, "nccl"),
+                "rounds4": Run("rounds_worker", ["passes"], 4)})
 def test_ranks(run: Run, scenario: str) -> None:
     run.check(scenario)
 
@@ -67,7 +68,7 @@ def test_ids_of_another_dtype() -> None:
     x, weight, w_up, w_down = (torch.zeros(s) for s in ((3, 4), (3, 2), (2, 6, 4), (2, 4, 3)))
     peers = SimpleNamespace(device=x.device, ep=2)
     with pytest.raises(ValueError, match=r"p2p: expert is torch\.int64, must be int32"):
-        moe(x, weight, torch.zeros(3, 2, dtype=torch.int64), w_up, w_down, experts=4, peers=peers)
+        moe(x, weight, torch.zeros(3, 2, dtype=torch.int64), w_up, w_down, experts=4, peers=[peers])
 
 
 def model_of_rank(rank: int, memory: list[dict], rounds: int, waits_in_collect: bool, by_ranges: bool):

@@ -45,8 +45,9 @@
  * rows have left and arrived, before the sums: gradients give way in between, the
  * experts included, since rows back follow at once.
  *
- * The experts take a round's rows in one pass, after all of them have arrived. Dispatch uses
- * chunk 0 alone; its flags have room for more.
+ * The experts take a round's rows after all of them have arrived. A layer in several passes
+ * has a buffer for each, and its rounds follow each other in one order on all ranks
+ * (lina/parallel/tokens/round.py). Dispatch uses chunk 0 alone; its flags have room for more.
  *
  * Limits: 2 <= ep <= 8, 1 <= C < 2^24, ep*C*K < 2^31, 1 <= K <= 1024,
  * T <= C, E a multiple of ep.

@@ -23,7 +23,7 @@ class Settings:
         transport: "auto" (chosen by what the ranks have), "c10d", "nccl" or "p2p". Once gradients give way
             to one (schedule "lina", or a plan's), the model refuses to run over another.
         degree: expert passes of a layer forward and backward, 1 to 8 each (tokens/spread.py says which);
-            with "p2p" (1, 1) alone.
+            with "p2p" as many backward as forward.
         tokens, cap_bytes: "p2p" alone: the most tokens that any rank will have, None: as many as it has
             in the first call; and the limit on a rank's receive buffer, None: its GPU's memory.
     """

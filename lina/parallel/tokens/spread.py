@@ -79,9 +79,9 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
     if expert_TK.dtype == torch.int64:
         expert_TK = expert_TK.clamp(-1, experts).int()      # ids beyond int32 must not wrap into range
     if name == "p2p":
-        if degree != (1, 1):
-            raise ValueError(f"moe: degree is {degree}, transport p2p runs in one pass, (1, 1)")
-        peers = peers_of(ep, device=x_TD.device, tokens=settings(mesh).tokens,
+        if degree[0] != degree[1]:
+            raise ValueError(f"moe: degree is {degree}, over p2p backward runs in as many passes as forward")
+        peers = peers_of(ep, degree[0], device=x_TD.device, tokens=settings(mesh).tokens,
                          cap_bytes=settings(mesh).cap_bytes)
         return p2p.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts, peers=peers, **options)
     x_TD, weight_TK, *weights, raw_options = ops.moe_arguments(

@@ -43,7 +43,8 @@ def check(label: str, group: dist.ProcessGroup) -> None:
         for carrier in used:
             if isinstance(carrier, NCCL) and carrier.group is group:
                 carrier.comm.check()
-        if group in in_use:
-            in_use[group].check()
+        for passes in in_use.get(group, {}).values():
+            for peers in passes:
+                peers.check()
     except RuntimeError as error:
         raise failure(label, group, error) from error

@@ -34,6 +34,10 @@ class _Buffer(NamedTuple):
     back_bytes: int
 
 
+class Overflow(ValueError):
+    """More tokens than the ranks agreed on; the peers hear of it."""
+
+
 class Agreed(NamedTuple):
     C: int
     tag: int
@@ -61,6 +65,7 @@ class Peers:
         timeout_s: how long the device waits for a peer; the group's own timeout by default.
         sms: how many of the GPU's SMs an exchange may take; by default 3/4 of them, or what reductions over
             peers' memory leave.
+        several: one of several under way at once, beside experts; by default they take 1/4 of the SMs.
 
     Raises:
         ValueError: a group this cannot work for, or an argument outside its limits.
@@ -69,7 +74,7 @@ class Peers:
 
     def __init__(self, group: dist.ProcessGroup, *, device: torch.device | None = None,
                  tokens: int | None = None, cap_bytes: int | None = None, timeout_s: float | None = None,
-                 sms: int = 0) -> None:
+                 sms: int = 0, several: bool = False) -> None:
         if tokens is not None and tokens < 1:
             raise ValueError(f"p2p: tokens is {tokens}, must be at least 1")
         self._domain = domain = Domain(group, "tokens", device, timeout_s)
@@ -79,7 +84,7 @@ class Peers:
         if not 0 <= sms <= every - gradients or gradients >= every:
             raise ValueError(f"p2p: sms is {sms}, must be 0 (3/4, or what is left) to {every - gradients}: "
                              f"reductions over peers' memory hold {gradients} of the GPU's {every} SMs")
-        self.sms = domain.sms = sms or min(share(every), every - gradients)
+        self.sms = domain.sms = sms or min(share(every) // (3 if several else 1) or 1, every - gradients)
         self._layers: dict[tuple, Agreed] = {}
         self._buffer: _Buffer | None = None
         self._in_graph = False                     # a graph captured here holds the buffer's address
@@ -97,9 +102,9 @@ class Peers:
             found = self._layers[key] = self._agree(T, key)
         if T > found.C:
             self.stop(overflow=True)
-            raise ValueError(f"p2p: {T} tokens on rank {self.rank}, but the ranks agreed on at most "
-                             f"{found.C} for calls like this one; tell the most of any rank before, on every "
-                             "rank: lina.mesh(..., tokens=N) or lina.parallel.settings(mesh).tokens = N")
+            raise Overflow(f"p2p: {T} tokens on rank {self.rank}, but the ranks agreed on at most "
+                           f"{found.C} for calls like this one; tell the most of any rank before, on every "
+                           "rank: lina.mesh(..., tokens=N) or lina.parallel.settings(mesh).tokens = N")
         return found
 
     def launch(self) -> tuple[Any, int]:
@@ -189,17 +194,20 @@ class Peers:
             self._domain.release(old.mapped)
 
 
-in_use: weakref.WeakKeyDictionary[dist.ProcessGroup, Peers] = weakref.WeakKeyDictionary()
+in_use: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, list[Peers]]] = weakref.WeakKeyDictionary()
 
 
-def peers_of(group: dist.ProcessGroup, *, device: torch.device | None = None, tokens: int | None = None,
-             cap_bytes: int | None = None) -> Peers:
-    """The group's :class:`Peers`, made at first use; ``tokens`` and ``cap_bytes`` hold from this call on."""
-    found = in_use.get(group)
-    if found is None:
-        found = in_use[group] = Peers(group, device=device)
-    found.tokens, found.cap_bytes = tokens, cap_bytes
-    return found
+def peers_of(group: dist.ProcessGroup, passes: int, *, device: torch.device | None = None,
+             tokens: int | None = None, cap_bytes: int | None = None) -> list[Peers]:
+    """The group's :class:`Peers` for layers in so many passes, made at first use: one a pass, for several
+    are under way at once. ``tokens`` and ``cap_bytes``, of all passes together, hold from this call on."""
+    found = in_use.setdefault(group, {})
+    if passes not in found:
+        found[passes] = [Peers(group, device=device, several=passes > 1) for _ in range(passes)]
+    for one in found[passes]:
+        one.tokens = None if tokens is None else -(-tokens // passes)
+        one.cap_bytes = None if cap_bytes is None else cap_bytes // passes
+    return found[passes]
 
 
 def share(sms: int) -> int:
