@@ -110,7 +110,7 @@ def time_of(design: Design, clock: Clock) -> dict[str, Any]:
     for (name, t), spent in zip(times.items(), host, strict=True):
         work = 2 * flops if name == "backward" else flops
         row[name] = dict(vars(t), host=spent, tflops=work / t.median / 1e12)
-    if clock.cuda and p.shape.T <= GRAPH_TOKENS and isinstance(design, Lina) and design.transport == "p2p":
+    if clock.cuda and p.shape.T <= GRAPH_TOKENS and isinstance(design, Lina) and design.transport in ("nccl", "p2p"):
         made: list[Callable[[], None]] = []
         why = attempt(lambda: made.append(graph_of(design)))
         if why:
