@@ -110,7 +110,8 @@ def time_of(design: Design, clock: Clock) -> dict[str, Any]:
     for (name, t), spent in zip(times.items(), host, strict=True):
         work = 2 * flops if name == "backward" else flops
         row[name] = dict(vars(t), host=spent, tflops=work / t.median / 1e12)
-    if clock.cuda and p.shape.T <= GRAPH_TOKENS and isinstance(design, Lina) and design.transport in ("nccl", "p2p"):
+    graphs = isinstance(design, Lina) and design.transport in ("nccl", "p2p")
+    if clock.cuda and p.shape.T <= GRAPH_TOKENS and graphs:
         made: list[Callable[[], None]] = []
         why = attempt(lambda: made.append(graph_of(design)))
         if why:
@@ -194,7 +195,7 @@ def time_all(problem: Problem, todo: list, clock: Clock) -> dict[str, dict]:
 def options() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; default: all")
-    parser.add_argument("--designs", help="for example torch,nccl@1,nccl@2/3,p2p,p2p@2 (@forward/backward: passes)")
+    parser.add_argument("--designs", help="for example nccl@1,nccl@2/3,p2p@2 (@forward/backward: passes)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: on a CPU float32")
     return parser.parse_args()
 
