@@ -67,8 +67,9 @@ class First:
                                    f"{int(same.sum())} of {len(same)} tokens; allowed {bound:.4f}")
 
 
-def graph_of(design: Design) -> Callable[[], None]:
-    """A replay of the layer without gradients; its result is the eager one's, bit by bit."""
+def graph_of(design: Lina) -> Callable[[], None]:
+    """A replay of the layer without gradients. Its result is the eager one's, over p2p bit by bit; over nccl
+    a graph sends other rows, in one pass."""
     with torch.no_grad():
         want = design().clone()
         torch.cuda.synchronize()
@@ -77,8 +78,10 @@ def graph_of(design: Design) -> Callable[[], None]:
             out = design()
     graph.replay()
     torch.cuda.synchronize()
-    if not torch.equal(out, want):
-        raise RuntimeError("a graph's replay differs from the eager layer")
+    bound = 0.0 if design.transport == "p2p" else 2**0.5 * limits(want.dtype, design.p.shape.D)[0]
+    error = off(out, want)[0]
+    if not error <= bound:
+        raise RuntimeError(f"a graph's replay differs from the eager layer by {error:.4f} in norm")
     return graph.replay
 
 
@@ -110,10 +113,10 @@ def time_of(design: Design, clock: Clock) -> dict[str, Any]:
     for (name, t), spent in zip(times.items(), host, strict=True):
         work = 2 * flops if name == "backward" else flops
         row[name] = dict(vars(t), host=spent, tflops=work / t.median / 1e12)
-    graphs = isinstance(design, Lina) and design.transport in ("nccl", "p2p")
-    if clock.cuda and p.shape.T <= GRAPH_TOKENS and graphs:
+    if clock.cuda and p.shape.T <= GRAPH_TOKENS and isinstance(design, Lina) and design.transport != "c10d":
+        layer = design
         made: list[Callable[[], None]] = []
-        why = attempt(lambda: made.append(graph_of(design)))
+        why = attempt(lambda: made.append(graph_of(layer)))
         if why:
             row["graph"] = dict(why=why)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -41,7 +42,9 @@ class Trainer:
         chosen = parallel.settings(mesh)
         chosen.transport = name if name in ("nccl", "p2p", "auto") else "c10d"
         chosen.degree = degree if name in ("c10d", "nccl", "p2p") else (1, 1)
-        chosen.tokens = tokens
+        # by CUDA IPC p2p would leave the network that is stood in for
+        near = "NCCL_P2P_DISABLE" not in os.environ
+        chosen.tokens = tokens if name == "p2p" or (name == "auto" and near) else None
         torch.manual_seed(1)
         self.model = GPT(p, mesh, device, dtype)
         self.batch = batch(p, device, tokens)

@@ -24,13 +24,15 @@ static PyObject *make(PyObject *self, PyObject *args) {
   int rank, ep, sms, rc;
   long long out_bytes, back_bytes, tokens;
   double timeout_s;
-  lina_peers *p;
+  lina_peers *p, *with = NULL;
+  PyObject *other;
   (void)self;
-  if (!PyArg_ParseTuple(args, "iiLLLdi", &rank, &ep, &out_bytes, &back_bytes, &tokens, &timeout_s,
-                        &sms))
+  if (!PyArg_ParseTuple(args, "iiLLLdiO", &rank, &ep, &out_bytes, &back_bytes, &tokens, &timeout_s,
+                        &sms, &other))
     return NULL;
+  if (other != Py_None && !(with = peers_of(other))) return NULL;
   PyThreadState *python = PyEval_SaveThread();
-  rc = lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms);
+  rc = lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms, with);
   PyEval_RestoreThread(python);
   if (rc != LINA_OK) return lina_raise(rc);
   PyObject *capsule = PyCapsule_New(p, CAPSULE, release);
@@ -167,6 +169,12 @@ static PyObject *check(PyObject *self, PyObject *capsule) {
   return p ? lina_none_or_raise(lina_peers_check(p)) : NULL;
 }
 
+static PyObject *lost(PyObject *self, PyObject *capsule) {
+  lina_peers *p = peers_of(capsule);
+  (void)self;
+  return p ? PyBool_FromLong(lina_peers_lost(p)) : NULL;
+}
+
 static PyObject *stop(PyObject *self, PyObject *args) {
   PyObject *capsule;
   void *stream;
@@ -209,6 +217,7 @@ static PyMethodDef methods[] = {
     {"peers_reduce_make", reduce_make, METH_VARARGS, NULL},
     {"peers_reduce", reduce, METH_VARARGS, NULL},
     {"peers_check", check, METH_O, NULL},
+    {"peers_lost", lost, METH_O, NULL},
     {"peers_stop", stop, METH_VARARGS, NULL},
     {"peers_abort", abort_waits, METH_O, NULL},
     {"peers_close", close_all, METH_O, NULL},

@@ -91,6 +91,9 @@ class Fake:
     def peers_rows(self, memory: Memory) -> int:
         return 0
 
+    def peers_lost(self, memory: Memory) -> bool:
+        return False
+
     def peers_abort(self, memory: Memory) -> None:
         memory.aborted = True
 

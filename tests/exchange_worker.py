@@ -284,7 +284,7 @@ def known_dead(device) -> None:
 
     carrier = object.__new__(NCCL)
     carrier.group, carrier.comm = parallel.groups(mesh).ep, SimpleNamespace(check=check)
-    peers = {parallel.groups(mesh).ep: {2: [SimpleNamespace(check=check)]}}
+    peers = {parallel.groups(mesh).ep: {2: [SimpleNamespace(lost=lambda: True, check=check)]}}
     for place, by in ((carriers._made, {mesh: {"nccl": carrier}}), (carriers.in_use, peers)):
         with mock.patch.object(dist, "all_reduce"), mock.patch.object(dist, "all_gather"):
             for call, args in ((lina.clip_grad_norm_, (net, 1.0)), (lina.gathered_state_dict, (net,))):

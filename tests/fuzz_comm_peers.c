@@ -45,11 +45,11 @@ int lina_peers_poison_cuda(const lina_peers_links *links, int failure, void *str
 
 /* ---- calls ---- */
 
-static lina_peers *open_peers(rank_state *s) {
+static lina_peers *open_peers(rank_state *s, const lina_peers *with) {
   static unsigned char handles[MAX_RANKS * LINA_PEERS_HANDLE];
   lina_peers *p;
   (void)cudaSetDevice(s->rank);
-  fine(lina_peers_make(&p, s->rank, s->size, 4096, 4096, TOKENS, s->timeout_s, 0), "buffers");
+  fine(lina_peers_make(&p, s->rank, s->size, 4096, 4096, TOKENS, s->timeout_s, 0, with), "buffers");
   if (lina_peers_ranks(p) != s->size) fake_broken("buffers of %d ranks", lina_peers_ranks(p));
   lina_peers_export(p, handles + s->rank * LINA_PEERS_HANDLE);
   meet(s);
@@ -97,13 +97,14 @@ typedef lina_peers_collect_args back_type;
 static void refused_buffers(rank_state *s, int64_t out_bytes, int64_t back_bytes, double timeout_s,
                             const char *text) {
   lina_peers *none = NULL;
-  expect(lina_peers_make(&none, s->rank, s->size, out_bytes, back_bytes, TOKENS, timeout_s, 0),
-         LINA_EINVAL, text, "buffers");
+  expect(
+      lina_peers_make(&none, s->rank, s->size, out_bytes, back_bytes, TOKENS, timeout_s, 0, NULL),
+      LINA_EINVAL, text, "buffers");
   if (none) fake_broken("buffers were made of nothing");
 }
 
 void peers_limits(rank_state *s) {
-  lina_peers *p = open_peers(s), *r;
+  lina_peers *p = open_peers(s, NULL), *r;
   fine(dispatch(s, p, out()), "a dispatch at the limits");
   fine(collect(s, p, back()), "a collect");
   refused(dispatch, links.tag, LINA_PEERS_TAGS, "tag=255, limit 254", out);
@@ -150,7 +151,7 @@ static void *call_until_closed(void *argument) {
 /* Without Python's lock calls come from several threads at once. */
 void peers_turns(rank_state *s) {
   pthread_t threads[2];
-  lina_peers *p = open_peers(s);
+  lina_peers *p = open_peers(s, NULL);
   caller callers[2] = {{s, p, true}, {s, p, false}};
   for (int i = 0; i < 2; i++) pthread_create(&threads[i], NULL, call_until_closed, &callers[i]);
   fake_sleep(0.1);
@@ -166,7 +167,7 @@ void peers_turns(rank_state *s) {
 
 void peers_dropped(rank_state *s) {
   static lina_peers *left[MAX_RANKS];    /* on purpose: no leak */
-  lina_peers *p = left[s->rank] = open_peers(s);
+  lina_peers *p = left[s->rank] = open_peers(s, NULL);
   fine(dispatch(s, p, out()), "a dispatch");
   lina_peers_free(p);
   const lina_peers_word *word = words[s->rank];
@@ -176,11 +177,24 @@ void peers_dropped(rank_state *s) {
 
   int before = fake_cuda_held();
   meet(s);
-  p = open_peers(s);
+  p = open_peers(s, NULL);
   lina_peers_abort(p);
   expect(dispatch(s, p, out()), LINA_EPEER, "gave the exchange up", "a dispatch after an abort");
   close_peers(s, p);
   meet(s);
   if (fake_cuda_held() != before) fake_broken("closing left memory");
+  meet(s);
+
+  p = open_peers(s, NULL);
+  lina_peers *q = open_peers(s, p);
+  if (lina_peers_lost(q)) fake_broken("lost before anything was");
+  lina_peers_abort(p);
+  expect(dispatch(s, q, out()), LINA_EPEER, "gave the exchange up", "a dispatch of another pass");
+  if (!lina_peers_lost(q)) fake_broken("a pass does not hear of another's failure");
+  close_peers(s, p);
+  expect(dispatch(s, q, out()), LINA_EPEER, "gave the exchange up", "the word of a closed pass");
+  close_peers(s, q);
+  meet(s);
+  if (fake_cuda_held() != before) fake_broken("closing two that share a word left memory");
   meet(s);
 }

@@ -99,10 +99,10 @@ def degree(device) -> None:
     for r in (2, 3):
         peers = peers_of(group, r, tokens=1001)
         for T in (1001 - 7 * dist.get_rank(), r - 1):
-            many, ids, E = inputs(device, T, 256, 64, 4, torch.bfloat16, "wide")
-            both(many, ids, E, peers, group, f"{r} passes, {T=}")
-            def run(many=many, ids=ids, E=E, peers=peers) -> list:
-                return on_fresh(lambda fresh: ours(fresh, ids, E, peers), many, True)
+            many, ids, wide = inputs(device, T, 256, 64, 4, torch.bfloat16, "wide")
+            both(many, ids, wide, peers, group, f"{r} passes, {T=}")
+            def run(many=many, ids=ids, wide=wide, peers=peers) -> list:
+                return on_fresh(lambda fresh: ours(fresh, ids, wide, peers), many, True)
 
             first, again = run(), run()
             same(again, first, f"{r} passes, {T=}")

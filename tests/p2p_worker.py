@@ -182,9 +182,10 @@ def refusals(device) -> None:
     for words, args in [("x is", (x.double(), weight, expert)), ("x is", (x.cpu(), weight, expert)),
                         ("weight is", (x, weight[:2], expert)), ("expert is", (x, weight, expert.long())),
                         ("width", (x[:, :8], weight, expert))]:
-        text = error_of(ValueError, moe, *args, *weights[:2], experts=E, peers=peers)
+        text = error_of(ValueError, moe, *args, *weights[:2], experts=E, peers=[peers])
         assert f"p2p: {words}" in text or words in text, text
-    assert "must be" in error_of(ValueError, moe, x, weight, expert, *weights[:2], experts=E + 1, peers=peers)
+    text = error_of(ValueError, moe, x, weight, expert, *weights[:2], experts=E + 1, peers=[peers])
+    assert "must be" in text, text
     assert "tokens is 0" in error_of(ValueError, Peers, group, tokens=0)
 
 

@@ -126,10 +126,11 @@ def test_rounds_of_another_kind_are_not_mixed_up(fake: Fake) -> None:
         assert "not all 2 ranks" in str(error), error
 
 
-def test_memory_outlives_a_late_rank(fake: Fake) -> None:
+def test_memory_outlives_a_late_rank(fake: Fake, monkeypatch) -> None:
     """A rank that does not close may still write: this one's memory stays."""
-    all_of = all_peers(fake, timeout_s=0.3)
+    all_of = all_peers(fake, timeout_s=5)
     fake.ranks(lambda r: all_of[r].layer(5, **LAYER))
+    monkeypatch.setattr(domain, "CLOSE_S", 0.1)
     assert fake.ranks(lambda r: all_of[r].close() if r == 0 else None) == [None, None]
     assert fake.made[0].closed != fake.made[1].closed and len(domain._mapped) == 2
 

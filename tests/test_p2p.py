@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 from collections import defaultdict
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from lina import _C
 from lina.parallel.gradients.peer_reduce import PeerReducer
+from lina.parallel.tokens import round as rounds
 from lina.parallel.tokens.p2p import moe
 from lina.parallel.transport.peers import Peers
 
@@ -57,10 +59,10 @@ def test_needs_several_ranks(alone: None, made: type) -> None:
 def test_limits(rank: int, ep: int, tokens: int, timeout_s: float) -> None:
     if not _C.CUDA:
         with pytest.raises(RuntimeError, match="built without CUDA"):
-            _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0)
+            _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0, None)
         return
     with pytest.raises(ValueError, match=r"p2p: (rank|tokens|timeout_s)"):
-        _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0)
+        _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0, None)
 
 
 def test_ids_of_another_dtype() -> None:
@@ -69,6 +71,55 @@ def test_ids_of_another_dtype() -> None:
     peers = SimpleNamespace(device=x.device, ep=2)
     with pytest.raises(ValueError, match=r"p2p: expert is torch\.int64, must be int32"):
         moe(x, weight, torch.zeros(3, 2, dtype=torch.int64), w_up, w_down, experts=4, peers=[peers])
+
+
+class Stream:
+    """Notes what waits for what; an event is the number of what was on its stream before."""
+
+    def __init__(self, name: str, log: list) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        return self.log[-1]
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_exchanges_beside_experts(fails: bool, monkeypatch) -> None:
+    """Each exchange waits for what was launched before it, experts for their rows, the end for all of it,
+    after an error too."""
+    log: list[str] = []
+    here = [Stream("main", log)]
+    side = Stream("side", log)
+
+    @contextlib.contextmanager
+    def on(stream: Stream):
+        here.append(stream)
+        yield
+        here.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(rounds, "stream", lambda device, name: side)
+
+    def compute(j: int) -> None:
+        log.append(f"{here[-1].name}: compute {j}")
+        if fails:
+            raise MemoryError
+
+    with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+        rounds.overlap(2, lambda j: log.append(f"{here[-1].name}: leave {j}"), compute,
+                       lambda j: log.append(f"{here[-1].name}: back {j}"), torch.device("cuda"))
+    before = ["side waits for main", "side: leave 0", "side waits for main", "side: leave 1",
+              "main waits for side: leave 0", "main: compute 0"]
+    after = ["side waits for main", "side: back 0", "main waits for side: leave 1", "main: compute 1",
+             "side waits for main", "side: back 1"]
+    assert log == before + ([] if fails else after) + ["main waits for side"]
 
 
 def model_of_rank(rank: int, memory: list[dict], rounds: int, waits_in_collect: bool, by_ranges: bool):

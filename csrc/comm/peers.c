@@ -23,8 +23,31 @@ int lina_peers_cuda(cudaError_t rc, const char *what) {
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+static int share_word(lina_peers *p, const lina_peers *with) {
+  int rc = LINA_OK;
+  p->shared = with ? with->shared : calloc(1, sizeof *p->shared);
+  if (!p->shared) return lina_error(LINA_ENOMEM, "p2p: no memory");
+  lina_peers_shared *s = p->shared;
+  if (atomic_fetch_add(&s->users, 1) == 0) {
+    LINA_TRY(lina_peers_cuda(cudaHostAlloc((void **)&s->host, sizeof *s->host, cudaHostAllocMapped),
+                             "host word"));
+    memset((void *)s->host, 0, sizeof *s->host);
+    LINA_TRY(
+        lina_peers_cuda(cudaHostGetDevicePointer((void **)&s->device, s->host, 0), "host word"));
+  }
+  p->links.word = s->device;
+done:
+  return rc;
+}
+
+static void leave_word(lina_peers_shared *s) {
+  if (!s || atomic_fetch_sub(&s->users, 1) != 1) return;
+  if (s->host) (void)cudaFreeHost((void *)s->host);
+  free(s);
+}
+
 int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
-                    int64_t tokens, double timeout_s, int sms) {
+                    int64_t tokens, double timeout_s, int sms, const lina_peers *with) {
   lina_peers *p = NULL;
   int rc;
   *out = NULL;
@@ -61,11 +84,7 @@ int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64
                            "counters"));
   LINA_TRY(
       lina_peers_cuda(cudaMemset(p->links.state, 0, sizeof *p->links.state + look), "counters"));
-  LINA_TRY(lina_peers_cuda(cudaHostAlloc((void **)&p->word, sizeof *p->word, cudaHostAllocMapped),
-                           "host word"));
-  memset((void *)p->word, 0, sizeof *p->word);
-  LINA_TRY(
-      lina_peers_cuda(cudaHostGetDevicePointer((void **)&p->links.word, p->word, 0), "host word"));
+  LINA_TRY(share_word(p, with));
   LINA_TRY(lina_peers_cuda(cudaEventCreateWithFlags(&p->order, cudaEventDisableTiming), "event"));
   LINA_TRY(lina_peers_cuda(cudaIpcGetMemHandle(&p->handle, p->own), "export of the buffer"));
   /* zeros must be there before any peer can write its flag */
@@ -140,7 +159,7 @@ static const char *reason(uint32_t failure) {
 
 int lina_peers_check(const lina_peers *p) {
   static const char *const awaited[] = {"tokens", "results", "gradients"};
-  const lina_peers_word *w = p->word;
+  const lina_peers_word *w = p->shared->host;
   if (p->closed) return lina_error(LINA_EPEER, "p2p: the buffers were closed");
   if (w->failure != LINA_PEERS_FINE)
     return lina_error(
@@ -155,7 +174,12 @@ int lina_peers_check(const lina_peers *p) {
   return LINA_OK;
 }
 
-void lina_peers_abort(lina_peers *p) { p->word->abort = 1; }
+bool lina_peers_lost(const lina_peers *p) {
+  const lina_peers_word *w = p->shared->host;
+  return w->failure == LINA_PEERS_TIMEOUT || w->failure == LINA_PEERS_ABORTED || w->abort;
+}
+
+void lina_peers_abort(lina_peers *p) { p->shared->host->abort = 1; }
 
 void lina_peers_close(lina_peers *p) {
   int before;
@@ -175,7 +199,7 @@ void lina_peers_free(lina_peers *p) {
   int before;
   if (lina_peers_enter(p, &before) == LINA_OK) {
     if (p->order) (void)cudaEventDestroy(p->order);
-    if (p->word) (void)cudaFreeHost((void *)p->word);
+    leave_word(p->shared);
     if (p->links.state) (void)cudaFree(p->links.state);
     if (p->own) (void)cudaFree(p->own);
     (void)cudaGetLastError();
@@ -193,8 +217,9 @@ struct lina_peers { int unused; };
 #define ABSENT lina_error(LINA_ENOTSUP, "p2p: lina was built without CUDA")
 
 int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
-                    int64_t tokens, double timeout_s, int sms) {
-  (void)rank, (void)ep, (void)out_bytes, (void)back_bytes, (void)tokens, (void)timeout_s, (void)sms;
+                    int64_t tokens, double timeout_s, int sms, const lina_peers *with) {
+  (void)rank, (void)ep, (void)out_bytes, (void)back_bytes, (void)tokens, (void)timeout_s;
+  (void)sms, (void)with;
   *out = NULL;
   return ABSENT;
 }
@@ -202,6 +227,7 @@ int lina_peers_open(lina_peers *p, const unsigned char *handles) {
   return (void)p, (void)handles, ABSENT;
 }
 int lina_peers_check(const lina_peers *p) { return (void)p, ABSENT; }
+bool lina_peers_lost(const lina_peers *p) { return (void)p, false; }
 int lina_peers_ranks(const lina_peers *p) { return (void)p, 0; }
 void *lina_peers_rows(const lina_peers *p) { return (void)p, NULL; }
 void lina_peers_export(const lina_peers *p, unsigned char *handle) { (void)p, (void)handle; }

@@ -31,9 +31,10 @@ typedef struct lina_peers lina_peers;
 
 /* Buffers of this process's current device for tokens of up to out_bytes on their
  * way and back_bytes returning; at most `tokens` (C) a rank. Kernels take `sms` SMs, or
- * 3/4 of the GPU's if that is 0. */
+ * 3/4 of the GPU's if that is 0. What fails in these or in `with` (or NULL) ends the waits
+ * of both, with one text: layers whose rounds follow each other have buffers of their own. */
 int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
-                    int64_t tokens, double timeout_s, int sms);
+                    int64_t tokens, double timeout_s, int sms, const lina_peers *with);
 void lina_peers_export(const lina_peers *p, unsigned char *handle); /* LINA_PEERS_HANDLE bytes */
 /* ep, as it was made with. */
 int lina_peers_ranks(const lina_peers *p);
@@ -58,6 +59,8 @@ int64_t lina_peers_room(const lina_peers *p);
 
 /* LINA_OK, or LINA_EPEER with what was waited for. Does not wait for the device. */
 int lina_peers_check(const lina_peers *p);
+/* Whether a wait has ended in time-out, or was given up: a peer may be gone. */
+bool lina_peers_lost(const lina_peers *p);
 /* Tells all peers that this rank stops (LINA_PEERS_FAILED or _OVERFLOW). */
 int lina_peers_stop(lina_peers *p, int failure, void *stream);
 /* Ends every wait on the device, now and later. */

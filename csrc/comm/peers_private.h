@@ -8,6 +8,12 @@
 
 #include "peers.h"
 
+/* What the device tells the host, and the host the device; of one or more lina_peers. */
+typedef struct {
+  lina_peers_word *host, *device;
+  _Atomic int users;
+} lina_peers_shared;
+
 struct lina_peers {
   lina_peers_links links;
   int device;
@@ -15,7 +21,7 @@ struct lina_peers {
   double timeout_s;
   void *own, *mapped[LINA_PEERS_MAX];
   cudaIpcMemHandle_t handle;
-  lina_peers_word *word;                 /* the host's address of links.word */
+  lina_peers_shared *shared;
   pthread_mutex_t lock;                  /* one thread at a time from enter to leave */
   _Atomic int stopped;
   _Atomic bool closed;                   /* nobody has this rank's buffer mapped any more */

@@ -41,7 +41,7 @@ static __device__ __forceinline__ uint64_t peers_signal(uint32_t epoch, uint32_t
 /* The first failure of this rank: told to the host once, then to all later waits. */
 static __device__ inline void peers_fail(const lina_peers_links &links, uint32_t why, int direction,
                                          int source, uint32_t epoch) {
-  if (atomicCAS(&links.state->failed, 0u, why) != 0) return;
+  if (atomicCAS(&links.state->failed, 0u, why) != 0 || links.word->failure) return;
   links.word->direction = (uint32_t)direction;
   links.word->source = (uint32_t)source;
   links.word->epoch = epoch;
@@ -75,7 +75,7 @@ static __device__ inline uint32_t peers_wait(const lina_peers_links &links, int 
       why = LINA_PEERS_TIMEOUT;
       break;
     }
-    if (links.word->abort) {
+    if (links.word->abort || links.word->failure) { /* failure: of others that share the word */
       why = LINA_PEERS_ABORTED;
       break;
     }

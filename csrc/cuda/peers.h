@@ -37,8 +37,8 @@
  * Blocks first send, then wait: the grid takes at most `sms` SMs, one block to
  * each (3/4 of the GPU's by default), so that spinning never keeps another kernel from
  * the GPU.
- * A wait ends after timeout_ns by the global timer, when the host aborts, or when
- * the flag says that its sender failed; then `word` tells the host what was
+ * A wait ends after timeout_ns by the global timer, when the host aborts, when another that
+ * shares `word` has failed, or when the flag says that its sender failed; then `word` tells the host what was
  * waited for, ids become -1, results NaN, and every later wait fails at once.
  *
  * With `priority` dispatch raises that word as it starts, and collect lowers it when all
@@ -84,7 +84,7 @@ enum lina_peers_failure {
   LINA_PEERS_MISMATCH    /* the sender runs another layer */
 };
 
-/* Pinned host memory, written by the first wait that fails. */
+/* Pinned host memory, written by the first wait that fails; several buffers may share one. */
 typedef struct {
   volatile uint32_t failure, direction, source, epoch;
   volatile uint32_t abort;               /* written by the host */

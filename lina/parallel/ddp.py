@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lina import tracing
 from lina.parallel.auto import Auto, Options, agreed_cost, ordered
 from lina.parallel.experts import ExpertParameter, check_same, expert_parameters, spread_meshes
-from lina.parallel.gradients.hook import HookState, allreduce_hook, user_settings
+from lina.parallel.gradients.hook import HookState, allreduce_hook, over_meshes, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.mesh import groups
 from lina.parallel.plan.decide import Plan
@@ -61,15 +61,16 @@ class DataParallel(DistributedDataParallel):
                 raise ValueError(f"ddp: {name} is spread over ranks {_ranks(other.world)}, "
                                  f"the mesh given has {_ranks(world)}")
         _check_dense(module, experts)
-        state = (hook or HookState()).over(mesh) if schedule == "lina" else None
-        holders = [layer.module for _, layer in layers(module)]
-        if state is not None:
-            state.check(spread_meshes(holders), state.carrier)
+        holders, state, refused = [layer.module for _, layer in layers(module)], None, ""
+        if schedule == "lina":
+            state, refused = over_meshes(hook or HookState(), mesh, spread_meshes(holders))
         init_sync = options.get("init_sync", True)
         if init_sync:
             unused = {name: bool(options.get(name)) for name in ("find_unused_parameters", "static_graph")}
             check_same(experts, world, "ddp", **common(module, mesh, schedule, degree),
-                       **user_settings(state), **unused)
+                       **user_settings(state), **unused, refused=refused)
+        if refused:
+            raise ValueError(refused)
         cost = agreed_cost(mesh, given) if schedule == "auto" else None
         ignored = {*getattr(module, _IGNORED, ()), *(e.name for e in experts)}
         former = vars(module).get(_IGNORED)
@@ -104,6 +105,8 @@ class DataParallel(DistributedDataParallel):
                                "wrapped (lina.unswap); wrap it anew")
         if tracing.active() and self._hook is None and not torch.compiler.is_compiling():
             self._trace_buckets()
+        if torch.is_grad_enabled():
+            eagerly(self.expert_reducer.thaw)()
         if self.gently is not None:
             eagerly(self._check_carrier)(self.gently)
         auto = self._auto
@@ -168,7 +171,7 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             profile` has saved, the same on all ranks, here too in the place of a comm hook. ``plan`` of
             the result says what, and why.
         degree: expert passes of the mesh's layers, forward and backward, 1 to 8 each: rows travel while
-            others are computed. By default (3, 3) with "lina", but (1, 1) over "p2p", which takes no other;
+            others are computed. By default (3, 3) with "lina", but (1, 1) over "p2p", which takes equal ones;
             with "plain" what the mesh has; with "auto" the plan's.
         hook: with "lina" and "auto": sizes of micro-ops, compression; by default ``HookState(mesh)``, with
             "auto" by the measured link.

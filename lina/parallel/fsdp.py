@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lina.parallel.experts import ExpertParameter, check_same, expert_parameters, spread_meshes
-from lina.parallel.gradients.hook import HookState, user_settings
+from lina.parallel.gradients.hook import HookState, over_meshes, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.mesh import groups
@@ -99,14 +99,17 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     sharded = _sharded(model)
     if hook is not None and schedule != "lina":
         raise ValueError(f"fsdp: hook is for schedule 'lina', not {schedule!r}")
-    state = (hook or HookState()).over(mesh) if schedule == "lina" else None
-    scatter = AtOnce() if state is None else ReduceScatter(state)
     world, experts = groups(mesh).world, expert_parameters(model)
     _check(model, experts, world)
-    if state is not None:
-        state.check(spread_meshes([layer.module for _, layer in layers(model)]), state.carrier)
+    state, refused = None, ""
+    if schedule == "lina":
+        meshes = spread_meshes([layer.module for _, layer in layers(model)])
+        state, refused = over_meshes(hook or HookState(), mesh, meshes)
     check_same(experts, world, "fsdp", **common(model, mesh, schedule, degree), **user_settings(state),
-               find_unused_parameters=bool(find_unused_parameters))
+               find_unused_parameters=bool(find_unused_parameters), refused=refused)
+    if refused:
+        raise ValueError(refused)
+    scatter = AtOnce() if state is None else ReduceScatter(state)
     before = vars(model).pop(_HERE, None)
     if before is not None:
         before.remove()

@@ -148,6 +148,17 @@ class HookState:
         return {**self.__dict__, "mesh_or_group": None, "_queue": None, "_made_for": ""}
 
 
+def over_meshes(hook: HookState, mesh: DeviceMesh, others: list[DeviceMesh]) -> tuple[HookState, str]:
+    """``hook`` over ``mesh``, beside layers over ``others``; or as it is, with the reason why that cannot be:
+    ranks compare reasons before any of them raises one."""
+    try:
+        state = hook.over(mesh)
+        state.check(others, state.carrier)
+    except ValueError as error:
+        return hook, str(error)
+    return state, ""
+
+
 def user_settings(state: HookState | None) -> dict[str, Any]:
     """What all ranks' states have in common, by name."""
     return {name: getattr(state, name, None) for name in ("micro_op_s", "compress", "link")}

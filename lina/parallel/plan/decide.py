@@ -197,7 +197,9 @@ def _tried(load: Workload, cost: CostModel, transports: tuple[str, ...], degree:
     for schedule in _FIRST if load.layers and load.ep > 1 else ("plain",):
         for name in transports:
             best = (1, 1)
-            if name != "p2p" and load.ep > 1 and load.layers:       # which overlaps without passes
+            if name == "p2p":                        # whose passes take SMs, of which the model knows nothing
+                best = degree if degree is not None and degree[0] == degree[1] else best
+            elif load.ep > 1 and load.layers:
                 most = min(MAX_DEGREE, 2 + 1024 // load.ep)
                 best = degree or best_degree(load, cost, name, most)
             for passes in dict.fromkeys([(1, 1), best]):
@@ -209,7 +211,9 @@ def _tried(load: Workload, cost: CostModel, transports: tuple[str, ...], degree:
 
 
 def _pick(trials: list[Trial], degree: tuple[int, int] | None) -> Trial:
-    open_to = [t for t in trials if degree is None or t.degree == degree or t.transport == "p2p"] or trials
+    uneven = degree is not None and degree[0] != degree[1]              # which p2p cannot have
+    open_to = [t for t in trials if degree is None or t.degree == degree
+               or (uneven and t.transport == "p2p")] or trials
     least = min(t.step_s for t in open_to)
     return next(t for t in open_to if t.step_s * (1 - WORTH) <= least)
 

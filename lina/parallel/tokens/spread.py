@@ -81,8 +81,8 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
     if name == "p2p":
         if degree[0] != degree[1]:
             raise ValueError(f"moe: degree is {degree}, over p2p backward runs in as many passes as forward")
-        peers = peers_of(ep, degree[0], device=x_TD.device, tokens=settings(mesh).tokens,
-                         cap_bytes=settings(mesh).cap_bytes)
+        peers = peers_of(ep, degree[0], device=x_TD.device if x_TD.is_cuda else None,
+                         tokens=settings(mesh).tokens, cap_bytes=settings(mesh).cap_bytes)
         return p2p.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts, peers=peers, **options)
     x_TD, weight_TK, *weights, raw_options = ops.moe_arguments(
         "moe", x_TD, weight_TK, expert_TK, w_up, w_down, **options)

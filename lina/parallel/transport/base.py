@@ -116,11 +116,13 @@ class Gate:
 
     def lower(self) -> None:
         """One all-to-all less; over CUDA it is launched, and those who wait for ``passed`` wait for it."""
-        if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
-            passed = torch.cuda.Event(blocking=True)         # sleeps, rather than spins, on the host
-            passed.record()
-            self.passed = passed                             # recorded: one that is not counts as passed
-        self.change(-1)
+        try:
+            if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+                passed = torch.cuda.Event(blocking=True)     # sleeps, rather than spins, on the host
+                passed.record()
+                self.passed = passed                         # recorded: one that is not counts as passed
+        finally:                                             # also where the device has failed
+            self.change(-1)
 
     def watch(self, watcher: Watcher) -> None:
         """Tell ``watcher`` of every change from now on, and of what is outstanding already."""

@@ -45,6 +45,7 @@ def check(label: str, group: dist.ProcessGroup) -> None:
                 carrier.comm.check()
         for passes in in_use.get(group, {}).values():
             for peers in passes:
-                peers.check()
+                if peers.lost():           # stopped for another reason: the ranks are there
+                    peers.check()
     except RuntimeError as error:
         raise failure(label, group, error) from error

@@ -125,7 +125,7 @@ class Domain:
             raise wrong
         raise RuntimeError(f"p2p: the ranks could not map each other's memory: {'; '.join(bad)}")
 
-    def release(self, memory: Mapped | None) -> None:
+    def release(self, memory: Mapped | None, timeout_s: float | None = None) -> None:
         """Unmap the peers' memory, and let go of this rank's once all have done so; collective.
 
         Where a rank does not come, this rank's stays until the process ends: that one may write to it.
@@ -134,7 +134,7 @@ class Domain:
             with torch.cuda.device(self.device):
                 _C.peers_close(memory.handle)
         try:
-            self.gather("end", "closed", min(self.timeout_s, CLOSE_S))
+            self.gather("end", "closed", min(self.timeout_s, timeout_s or CLOSE_S))
         except RuntimeError:
             return
         if memory is not None:

@@ -65,7 +65,9 @@ class Peers:
         timeout_s: how long the device waits for a peer; the group's own timeout by default.
         sms: how many of the GPU's SMs an exchange may take; by default 3/4 of them, or what reductions over
             peers' memory leave.
-        several: one of several under way at once, beside experts; by default they take 1/4 of the SMs.
+        passes: this is one of so many under way at once, beside experts; by default each takes 1/4 of the
+            SMs.
+        first: that of their first pass. What fails in one then ends the waits of all, within one timeout.
 
     Raises:
         ValueError: a group this cannot work for, or an argument outside its limits.
@@ -74,7 +76,7 @@ class Peers:
 
     def __init__(self, group: dist.ProcessGroup, *, device: torch.device | None = None,
                  tokens: int | None = None, cap_bytes: int | None = None, timeout_s: float | None = None,
-                 sms: int = 0, several: bool = False) -> None:
+                 sms: int = 0, passes: int = 1, first: Peers | None = None) -> None:
         if tokens is not None and tokens < 1:
             raise ValueError(f"p2p: tokens is {tokens}, must be at least 1")
         self._domain = domain = Domain(group, "tokens", device, timeout_s)
@@ -84,7 +86,9 @@ class Peers:
         if not 0 <= sms <= every - gradients or gradients >= every:
             raise ValueError(f"p2p: sms is {sms}, must be 0 (3/4, or what is left) to {every - gradients}: "
                              f"reductions over peers' memory hold {gradients} of the GPU's {every} SMs")
-        self.sms = domain.sms = sms or min(share(every) // (3 if several else 1) or 1, every - gradients)
+        usual = share(every) if passes == 1 else max(1, share(every) // 3)
+        self.sms = domain.sms = sms or min(usual, every - gradients)
+        self._passes, self._first = passes, first
         self._layers: dict[tuple, Agreed] = {}
         self._buffer: _Buffer | None = None
         self._in_graph = False                     # a graph captured here holds the buffer's address
@@ -125,6 +129,10 @@ class Peers:
         if self._buffer is not None:
             _C.peers_check(self._buffer.mapped.handle)
 
+    def lost(self) -> bool:
+        """Whether a wait on the device has ended in time-out by now, or was given up."""
+        return self._buffer is not None and _C.peers_lost(self._buffer.mapped.handle)
+
     def stop(self, overflow: bool = False) -> None:
         """Tell the peers that this rank cannot finish its round (``overflow``: it has too many tokens)."""
         if self._buffer is not None and not self._capturing():
@@ -157,7 +165,7 @@ class Peers:
     def _agree(self, T: int, key: tuple) -> Agreed:
         D, K, E, dtype, grad, tokens = key
         facts = {"D": D, "K": K, "number of experts": E, "dtype of x": str(dtype), "need of gradients": grad,
-                 "tokens": tokens}
+                 "tokens": tokens, "degree": self._passes}
         everyone = self._domain.compare("p2p", facts, [T, self.cap_bytes, self._in_graph])
         most = max(tokens or 0, *(said[0] for said in everyone))
         C = -(-max(most, 1) // _STEP) * _STEP
@@ -181,8 +189,14 @@ class Peers:
             raise ValueError(f"p2p: {out_bytes + back_bytes} bytes are needed to receive {C} tokens from "
                              f"each of {self.ep} ranks, the cap is {cap}")
         tokens = max(C, min(out_bytes // 8, 2**24 - 1))          # what could fit with other shapes
+        every, gradients = self._domain.room()                   # reducers may have come since
+        if gradients >= every:
+            raise ValueError(f"p2p: reductions over peers' memory hold all {every} SMs of the GPU")
+        self.sms = min(self.sms, every - gradients)
+        like = old or (self._first and self._first._buffer)
         mapped = self._domain.map(lambda: _C.peers_make(
-            self.rank, self.ep, out_bytes, back_bytes, tokens, self._domain.timeout_s, self.sms))
+            self.rank, self.ep, out_bytes, back_bytes, tokens, self._domain.timeout_s, self.sms,
+            like and like.mapped.handle))
         memory = _Memory(mapped.handle, _C.peers_rows(mapped.handle), out_bytes)
         with torch.cuda.device(self.device):
             rows = torch.as_tensor(memory, device=self.device)
@@ -191,7 +205,7 @@ class Peers:
         if old is not None and in_graph:
             self._replaced.append(old)             # on all ranks: a replay on one writes to the others' too
         elif old is not None:
-            self._domain.release(old.mapped)
+            self._domain.release(old.mapped, self._domain.timeout_s)
 
 
 in_use: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, list[Peers]]] = weakref.WeakKeyDictionary()
@@ -203,7 +217,8 @@ def peers_of(group: dist.ProcessGroup, passes: int, *, device: torch.device | No
     are under way at once. ``tokens`` and ``cap_bytes``, of all passes together, hold from this call on."""
     found = in_use.setdefault(group, {})
     if passes not in found:
-        found[passes] = [Peers(group, device=device, several=passes > 1) for _ in range(passes)]
+        found[passes] = made = [Peers(group, device=device, passes=passes)]
+        made += [Peers(group, device=device, passes=passes, first=made[0]) for _ in range(1, passes)]
     for one in found[passes]:
         one.tokens = None if tokens is None else -(-tokens // passes)
         one.cap_bytes = None if cap_bytes is None else cap_bytes // passes
