@@ -99,17 +99,17 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     sharded = _sharded(model)
     if hook is not None and schedule != "lina":
         raise ValueError(f"fsdp: hook is for schedule 'lina', not {schedule!r}")
+    state, refused = (hook or HookState()) if schedule == "lina" else None, ""
+    scatter = AtOnce() if state is None else ReduceScatter(state)
     world, experts = groups(mesh).world, expert_parameters(model)
     _check(model, experts, world)
-    state, refused = None, ""
-    if schedule == "lina":
+    if state is not None:
         meshes = spread_meshes([layer.module for _, layer in layers(model)])
-        state, refused = over_meshes(hook or HookState(), mesh, meshes)
+        state, refused = over_meshes(state, mesh, meshes)
     check_same(experts, world, "fsdp", **common(model, mesh, schedule, degree), **user_settings(state),
                find_unused_parameters=bool(find_unused_parameters), refused=refused)
     if refused:
         raise ValueError(refused)
-    scatter = AtOnce() if state is None else ReduceScatter(state)
     before = vars(model).pop(_HERE, None)
     if before is not None:
         before.remove()
