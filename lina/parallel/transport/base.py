@@ -34,8 +34,8 @@ class Pending(Protocol):
 class Transport(ABC):
     """The all-to-alls of one process group; one for each group, made by the first layer that asks.
 
-    Every rank of the group makes the same calls in the same order. A transport keeps what it was
-    given alive until that has been waited for, and tells the allocator of streams of its own.
+    Every rank of the group makes the same calls in the same order. A transport sees to it that the
+    memory it was given is not used anew before an exchange ends, on streams of its own too.
     """
 
     name: str
