@@ -137,6 +137,12 @@ static PyObject *all_to_all(PyObject *self, PyObject *args) {
   return lina_none_or_raise(rc);
 }
 
+static bool has_policy(const communicator *c, const char *op) {
+  if (c->policy.size > 0) return true;
+  PyErr_Format(PyExc_RuntimeError, "%s: no policy set, which cuts micro-ops", op);
+  return false;
+}
+
 static PyObject *all_reduce(PyObject *self, PyObject *args) {
   communicator *c = (communicator *)self;
   unsigned long long data, stream;
@@ -146,10 +152,7 @@ static PyObject *all_reduce(PyObject *self, PyObject *args) {
     return NULL;
   lina_comm *comm = open_comm(self);
   if (!comm) return NULL;
-  if (gently && c->policy.size <= 0) {
-    PyErr_SetString(PyExc_RuntimeError, "all_reduce: no policy set, which cuts micro-ops");
-    return NULL;
-  }
+  if (gently && !has_policy(c, "all_reduce")) return NULL;
   const lina_policy policy = c->policy; /* a copy: another thread may set it meanwhile */
   lina_all_reduce a = {(void *)(uintptr_t)data, count, dtype, mean, gently ? &policy : NULL};
   PyThreadState *python = enter(c);
@@ -168,10 +171,7 @@ static PyObject *reduce_scatter(PyObject *self, PyObject *args) {
     return NULL;
   lina_comm *comm = open_comm(self);
   if (!comm) return NULL;
-  if (gently && c->policy.size <= 0) {
-    PyErr_SetString(PyExc_RuntimeError, "reduce_scatter: no policy set, which cuts micro-ops");
-    return NULL;
-  }
+  if (gently && !has_policy(c, "reduce_scatter")) return NULL;
   const lina_policy policy = c->policy;
   lina_reduce_scatter a = {.parts = (const void *)(uintptr_t)parts,
                            .out = (void *)(uintptr_t)out,

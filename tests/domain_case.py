@@ -131,7 +131,7 @@ def fake(monkeypatch) -> Fake:
     for module in (domain, peers):
         monkeypatch.setattr(module, "_C", made)
     monkeypatch.setattr(rounds, "_get_process_group_store", made.store)
-    monkeypatch.setattr(domain, "timeout_of", lambda group: None)
+    monkeypatch.setattr(domain, "seconds_of", lambda group: 600.0)
     monkeypatch.setattr(domain, "_mapped", {})
     monkeypatch.setattr(rounds, "_numbers", Numbers(made.here))
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(group.size())))

@@ -69,7 +69,7 @@ def reduction(device) -> None:
                     want = want / dist.get_world_size() if mean else want
                     flat = x.clone()
                     reducer.all_reduce(flat, mean=mean, gently=gently)
-                    got = reducer.future(flat).wait()
+                    got = nccl.future(flat, reducer.stream).wait()
                     # one rounding of each of the sum and the division
                     limit = 2 * torch.finfo(dtype).eps * want.abs()
                     assert count == 0 or ((got.double() - want).abs() <= limit).all(), (dtype, count, mean)
@@ -140,7 +140,7 @@ def interleaved(device) -> None:
         assert torch.equal(back, inp), f"step {step}"
         mean = step + (size - 1) / 2
         for flat in flats:
-            assert (reducer.future(flat).wait() == mean).all(), f"step {step}"
+            assert (nccl.future(flat, reducer.stream).wait() == mean).all(), f"step {step}"
     transport.close()
     reducer.close()
 

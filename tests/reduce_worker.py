@@ -69,7 +69,7 @@ def settle(wrong: list[str]) -> None:
 
 def reduced(reducer: PeerReducer, flat: torch.Tensor, mean: bool, gently: bool) -> torch.Tensor:
     reducer.all_reduce(flat, mean=mean, gently=gently)
-    return reducer.future(flat).wait()
+    return nccl.future(flat, reducer.stream).wait()
 
 
 def sums(device, scatter: str) -> None:

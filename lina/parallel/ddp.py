@@ -105,8 +105,6 @@ class DataParallel(DistributedDataParallel):
                                "wrapped (lina.unswap); wrap it anew")
         if tracing.active() and self._hook is None and not torch.compiler.is_compiling():
             self._trace_buckets()
-        if torch.is_grad_enabled():
-            eagerly(self.expert_reducer.thaw)()
         if self.gently is not None:
             eagerly(self._check_carrier)(self.gently)
         auto = self._auto
@@ -118,8 +116,8 @@ class DataParallel(DistributedDataParallel):
         finally:
             if auto is not None:
                 eagerly(auto.after)()
-        if self.expert_reducer.by_replicas and torch.is_grad_enabled() and self.require_backward_grad_sync:
-            eagerly(self.expert_reducer.watch)(output)
+        if self.expert_reducer.by_replicas and torch.is_grad_enabled():
+            eagerly(self.expert_reducer.watch)(output, self.require_backward_grad_sync)
         return output
 
     def _check_carrier(self, gently: HookState) -> None:

@@ -131,6 +131,12 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
+def seconds_of(group: dist.ProcessGroup) -> float:
+    """Seconds that the ranks of ``group`` wait for each other; torch's own for NCCL where none are set."""
+    found = timeout_of(group)
+    return 600.0 if found is None else found.total_seconds()
+
+
 def ep_size(mesh: DeviceMesh) -> int:
     """Number of ranks that one copy of the experts is spread over."""
     return groups(mesh).ep.size()

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lina import tracing
 from lina.parallel.mesh import groups
+from lina.parallel.tokens.dispatch import raw
 
 
 class Layer(NamedTuple):
@@ -183,17 +184,13 @@ def _exchange(rows: Tensor, count: int, old: DeviceMesh, new: DeviceMesh) -> Ten
     travels = send.nbytes - out[group.rank()][1] * width
     with tracing.span("a2a", "regroup", device=rows.device, bytes=travels):
         try:
-            dist.all_to_all_single(_bytes(result), _bytes(send), received, [n * width for _, n in out],
+            dist.all_to_all_single(raw(result), raw(send), received, [n * width for _, n in out],
                                    group=group)
         except RuntimeError as error:
             raise RuntimeError(f"regroup: the exchange among ranks {peers} failed on rank {dist.get_rank()}; "
                                "another rank has stopped, or hangs. Some experts have moved, others have "
                                f"not, so go on from a checkpoint: {error}") from error
     return result
-
-
-def _bytes(rows: Tensor) -> Tensor:
-    return rows.view(-1).view(torch.uint8)
 
 
 def renew(p: nn.Parameter, data: Tensor) -> None:

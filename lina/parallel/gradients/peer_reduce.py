@@ -6,8 +6,6 @@ micro-op. Contract of the kernel: csrc/cuda/peers_reduce.h.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -82,13 +80,6 @@ class PeerReducer:
         _C.peers_reduce(self._memory.handle, self.stream.cuda_stream, *self._shape, flat.data_ptr(),
                         flat.numel(), DTYPES.index(flat.dtype), mean, gently)
         flat.record_stream(self.stream)
-
-    def future(self, value: Any) -> torch.futures.Future:
-        """A future of ``value``, complete as of what the reduce stream holds so far."""
-        result: torch.futures.Future = torch.futures.Future(devices=[self.device])
-        with torch.cuda.stream(self.stream):       # outside, the result would not wait for the stream
-            result.set_result(value)
-        return result
 
     def check(self) -> None:
         """RuntimeError if a wait on the device has failed by now; its text says which."""

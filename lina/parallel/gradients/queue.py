@@ -29,7 +29,7 @@ from lina.parallel.mesh import timeout_of
 from lina.parallel.settings import UNIT
 from lina.parallel.transport.base import gate
 from lina.parallel.transport.domain import MAX_RANKS, SeveralHosts
-from lina.parallel.transport.nccl import Reducer
+from lina.parallel.transport.nccl import Reducer, future
 
 
 class Queue(Protocol):
@@ -237,7 +237,7 @@ class DeviceQueue:
         """See Queue."""
         reducer = self._reducer(group or self._group, flat.dtype)
         reducer.all_reduce(flat, mean=average)
-        return reducer.future(flat)
+        return future(flat, reducer.stream)
 
     def _reducer(self, group: dist.ProcessGroup, dtype: torch.dtype) -> Reducer | PeerReducer:
         over_peers = self._peers and dtype in DTYPES and 2 <= group.size() <= MAX_RANKS

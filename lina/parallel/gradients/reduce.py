@@ -108,19 +108,18 @@ class ExpertReducer:
                     dist.broadcast(value, group=group, group_src=0)
                     param.copy_(value)
 
-    def thaw(self) -> None:
-        """Scale gradients of experts unfrozen since the last call too; before a backward pass."""
-        if any(p.requires_grad for p in self._frozen):
-            self._used.clear()
-            self._scale()
-
-    def watch(self, output: Any) -> None:
-        """Reduce at the end of the backward pass that first reaches a tensor of ``output``.
+    def watch(self, output: Any, reduces: bool = True) -> None:
+        """Reduce at the end of the backward pass that first reaches a tensor of ``output``; unless
+        ``reduces``, scale alone.
 
         Never from the experts' own hooks: a layer that one replica does not use would
         leave the others waiting.
         """
-        self.thaw()
+        if any(p.requires_grad for p in self._frozen):      # unfrozen since
+            self._used.clear()
+            self._scale()
+        if not reduces:
+            return
         tensors = list(_tensors(output))
         if not tensors and any(group.size() > 1 for group in self.by_replicas):
             raise RuntimeError(f"ddp: the model returned a {type(output).__name__}, in which no tensor is "

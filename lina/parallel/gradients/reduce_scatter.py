@@ -67,9 +67,9 @@ class ReduceScatter:
         if input_tensor.numel() != ranks * out.numel() or input_tensor.dtype != out.dtype:
             raise ValueError(f"fsdp: reduce-scatter of {input_tensor.numel()} elements of "
                              f"{input_tensor.dtype} to {out.numel()} of {out.dtype} on each of {ranks} ranks")
-        if out.dtype not in nccl._DTYPES:
+        if out.dtype not in nccl.DTYPES:
             raise ValueError(f"fsdp: reduce-scatter of {out.dtype}, must be one of "
-                             f"{', '.join(str(d) for d in nccl._DTYPES)}")
+                             f"{', '.join(str(d) for d in nccl.DTYPES)}")
         if op == dist.ReduceOp.PREMUL_SUM:
             input_tensor.mul_(op.__getstate__()[1])
         elif op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):

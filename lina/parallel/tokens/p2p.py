@@ -147,7 +147,8 @@ class _Moe(torch.autograd.Function):
         calls, need, at = ctx.calls, ctx.needs_input_grad, _slices(ctx.calls)
         kept = [saved[6 + 6 * j:12 + 6 * j] for j in range(len(calls))]       # weight, x, h, rows
         # x's and the weights' gradients are computed in any case: a peer may need its tokens'
-        mask = 3 | sum(1 << bit for bit, i in ((2, 3), (3, 5), (4, 4), (5, 6)) if need[i])
+        wanted = need[3], need[5], need[4], need[6]         # in the operator's order
+        mask = ops.moe_needs(True, True, *wanted)
         try:
             dout_TD, results = dout_TD.contiguous(), []
             dx_TD, dweight_TK = torch.empty_like(dout_TD), kept[0][0].new_empty(expert_TK.shape)
@@ -162,9 +163,9 @@ class _Moe(torch.autograd.Function):
                 dx_RD, dweight_RK, *parts = torch.ops.lina.experts_bwd(
                     dout_RD, *kept[j], *weights, *ctx.options, mask)
                 results.append((dx_RD, dweight_RK))
-                for i, wanted in enumerate((need[3], need[5], need[4], need[6])):
+                for i in range(4):
                     so_far = total[i]
-                    if wanted:
+                    if wanted[i]:
                         total[i] = parts[i] if so_far is None else so_far.add_(parts[i])
 
             def back(j: int) -> None:

@@ -10,7 +10,6 @@ The ranks agree on C through their store while they capture, and never again.
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lina import ops
-from lina.parallel.mesh import timeout_of
+from lina.parallel.mesh import seconds_of
 from lina.parallel.tokens.dispatch import Route, collect, send
 from lina.parallel.tokens.header import check, facts
 from lina.parallel.transport.base import Transport
@@ -57,8 +56,7 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
 def _agree(group: dist.ProcessGroup, T: int, said: tuple[int, ...]) -> int:
     """The most tokens of any rank; every rank's ``said`` is the same (header.py)."""
     if group not in _rounds:
-        seconds = (timeout_of(group) or timedelta(minutes=10)).total_seconds()
-        _rounds[group] = Rounds("capture", group, "captures", seconds)
+        _rounds[group] = Rounds("capture", group, "captures", seconds_of(group))
     everyone = _rounds[group].gather("layers", [T, said])
     check([theirs for _, theirs in everyone])
     return max(1, *(tokens for tokens, _ in everyone))

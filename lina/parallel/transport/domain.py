@@ -11,7 +11,6 @@ import socket
 import time
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lina import _C
-from lina.parallel.mesh import timeout_of
+from lina.parallel.mesh import seconds_of
 from lina.parallel.transport.rounds import Rounds
 
 MAX_RANKS = 8
@@ -62,7 +61,7 @@ class Domain:
         if not _C.CUDA:
             raise RuntimeError("p2p: lina was built without CUDA")
         if timeout_s is None:
-            timeout_s = (timeout_of(group) or timedelta(minutes=10)).total_seconds()
+            timeout_s = seconds_of(group)
         self.ep, self.rank, self.purpose, self.timeout_s = ep, group.rank(), purpose, timeout_s
         self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
         self.sms = 0                   # SMs that its kernels hold while they wait

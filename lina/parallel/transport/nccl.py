@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import _C, tracing
-from lina.parallel.mesh import timeout_of
+from lina.parallel.mesh import seconds_of
 from lina.parallel.transport.base import Transport, failure
 
 # enum lina_dtype of csrc/dtype.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_DEFAULT_TIMEOUT_S = 600.0       # torch's own for NCCL
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
@@ -45,9 +44,7 @@ def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
     dist.broadcast_object_list(box, group=group, group_src=0, device=device)
     if box[1] is not None:
         raise RuntimeError(box[1])
-    timeout = timeout_of(group)
-    seconds = _DEFAULT_TIMEOUT_S if timeout is None else timeout.total_seconds()
-    return _C.Communicator(box[0], rank, size, device.index, name, seconds, max_ctas)
+    return _C.Communicator(box[0], rank, size, device.index, name, seconds_of(group), max_ctas)
 
 
 _streams: dict[tuple[int, str], torch.cuda.Stream] = {}
@@ -59,6 +56,14 @@ def stream(device: torch.device, name: str) -> torch.cuda.Stream:
     if found is None:
         found = _streams[device.index, name] = torch.cuda.Stream(device, priority=-1 if name == "a2a" else 0)
     return found
+
+
+def future(value: Any, done_on: torch.cuda.Stream) -> torch.futures.Future:
+    """A future of ``value``, complete as of what the stream ``done_on`` holds so far."""
+    result: torch.futures.Future = torch.futures.Future(devices=[done_on.device])
+    with torch.cuda.stream(done_on):           # outside, the result would not wait for the stream
+        result.set_result(value)
+    return result
 
 
 class NCCL(Transport):
@@ -188,7 +193,7 @@ class Reducer:
         """
         self._check("all_reduce", "flat", flat)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        self.comm.all_reduce(flat.data_ptr(), flat.numel(), _DTYPES[flat.dtype], mean, gently,
+        self.comm.all_reduce(flat.data_ptr(), flat.numel(), DTYPES[flat.dtype], mean, gently,
                              self.stream.cuda_stream)
         flat.record_stream(self.stream)
 
@@ -216,22 +221,15 @@ class Reducer:
         with torch.cuda.stream(self.stream):
             scratch = torch.empty(room if cuts else 0, dtype=torch.uint8, device=self.device)
             self.comm.reduce_scatter(parts.data_ptr(), out.data_ptr(), out.numel(), scratch.data_ptr(),
-                                     scratch.numel(), _DTYPES[out.dtype], mean, gently,
+                                     scratch.numel(), DTYPES[out.dtype], mean, gently,
                                      self.stream.cuda_stream)
         return self.stream.record_event()
 
     def _check(self, op: str, name: str, tensor: Tensor) -> None:
-        if tensor.dtype not in _DTYPES or tensor.device != self.device or not tensor.is_contiguous():
+        if tensor.dtype not in DTYPES or tensor.device != self.device or not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}"
                              f"{'' if tensor.is_contiguous() else ', not contiguous'}; must be contiguous "
                              f"float32, float64, bfloat16 or float16 on {self.device}")
-
-    def future(self, value: Any) -> torch.futures.Future:
-        """A future of ``value``, complete as of what the reduce stream holds so far."""
-        result: torch.futures.Future = torch.futures.Future(devices=[self.device])
-        with torch.cuda.stream(self.stream):       # outside, the result would not wait for the stream
-            result.set_result(value)
-        return result
 
     def close(self) -> None:
         self.stream.synchronize()
