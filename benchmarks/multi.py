@@ -8,12 +8,14 @@ on the device. CPU: the ranks start together at a barrier.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -124,8 +126,19 @@ def designs(text: str) -> list[tuple[str, str, tuple[int, int]]]:
     return found
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's garbage collector, which stops a rank for tens of milliseconds now and then."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Clock:
-    """Times of what all ranks do together."""
+    """Times of what all ranks do together, without Python's garbage collector."""
 
     def __init__(self, device: torch.device, repeats: int, head_start_ms: float = 10.0) -> None:
         self.device, self.repeats, self.cuda = device, repeats, device.type == "cuda"
@@ -138,10 +151,11 @@ class Clock:
     def stages(self, stages: Sequence[Stage], before: Stage | None = None) -> list[Timing]:
         """Seconds of each stage, one after the other: the slowest rank's in each repetition."""
         rows = []
-        for _ in range(self.repeats + 5):
-            if before:
-                before()
-            rows.append(self._cuda(stages) if self.cuda else self._cpu(stages))
+        with uncollected():
+            for _ in range(self.repeats + 5):
+                if before:
+                    before()
+                rows.append(self._cuda(stages) if self.cuda else self._cpu(stages))
         kept = rows[5:]
         flat = slowest([t for row in kept for t in row], self.device)
         columns = [flat[i::len(stages)] for i in range(len(stages))]

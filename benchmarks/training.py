@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from models import GPT, Exchanged, PlainMoE, Preset
-from multi import Clock, Timing, off, slowest
+from multi import Clock, Timing, off, slowest, uncollected
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -163,13 +163,14 @@ def step_times(trainer: Trainer, clock: Clock) -> Timing:
         trainer.step()
     marks: list[Any] = []
     dist.barrier()
-    for _ in range(clock.repeats + 1):
-        if clock.cuda:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-        trainer.step()
+    with uncollected():
+        for _ in range(clock.repeats + 1):
+            if clock.cuda:
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+            else:
+                marks.append(time.perf_counter())
+            trainer.step()
     if clock.cuda:
         torch.cuda.synchronize()
     times = [a.elapsed_time(b) / 1e3 if clock.cuda else b - a for a, b in pairwise(marks)]

@@ -18,7 +18,7 @@ typedef struct lina_nccl_handle *lina_nccl_comm; /* ncclComm_t */
 typedef void *lina_nccl_stream; /* cudaStream_t */
 typedef struct { char internal[128]; } lina_nccl_id; /* ncclUniqueId */
 
-enum { LINA_NCCL_SUCCESS = 0, LINA_NCCL_IN_PROGRESS = 7 };
+enum { LINA_NCCL_SUCCESS = 0, LINA_NCCL_UNHANDLED_CUDA = 1, LINA_NCCL_IN_PROGRESS = 7 };
 enum { LINA_NCCL_SUM = 0, LINA_NCCL_AVG = 4 };
 enum {
   LINA_NCCL_UINT8 = 1,

@@ -64,7 +64,7 @@ typedef enum {
   FAKE_COPY,              /* cudaMemcpy2DAsync */
   FAKE_COLLECTIVE,        /* ncclAllReduce, ncclReduceScatter and ncclGroupEnd */
   FAKE_ASYNC,             /* ncclCommGetAsyncError gives an error, from now on */
-  FAKE_STUCK              /* ncclCommGetAsyncError says in progress, from now on */
+  FAKE_STUCK              /* those do not return before an abort, from now on */
 } fake_fault;
 void fake_break(int device, fake_fault fault);
 bool fake_breaks(int device, fake_fault fault);     /* takes it, unless it is to last */

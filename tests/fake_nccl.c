@@ -10,13 +10,13 @@
 #include <cuda_runtime_api.h>
 
 #define REMOTE_FAILURE 6
+#define GIVES_UP_S     3.0
 
 static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
 static group *groups;
 static _Atomic int live;
 static _Thread_local int depth;
 static _Thread_local lina_nccl_comm opened;
-static _Thread_local uint64_t chance = 1;
 
 int fake_nccl_live(void) { return atomic_load(&live); }
 
@@ -63,45 +63,50 @@ static void leave(group *g) {
   pthread_mutex_unlock(&registry);
 }
 
+/* Blocks until all ranks are here; after some seconds NCCL itself gives up. */
 int ncclCommInitRankConfig(lina_nccl_comm *comm, int size, lina_nccl_id id, int rank,
                            lina_nccl_config *config) {
-  if (config->size != sizeof *config || config->magic != LINA_NCCL_MAGIC || config->blocking != 0)
+  if (config->size != sizeof *config || config->magic != LINA_NCCL_MAGIC || config->blocking != 1)
     fake_broken("NCCL was given a wrong config");
-  lina_nccl_comm c = calloc(1, sizeof *c);
-  c->rank = rank, c->size = size;
-  (void)cudaGetDevice(&c->device);
-  c->group = join(&id, size);
-  pthread_mutex_lock(&c->group->lock);
-  c->group->joined++;
-  pthread_mutex_unlock(&c->group->lock);
+  const double start = fake_now();
+  bool complete = false;
+  group *g = join(&id, size);
   atomic_fetch_add(&live, 1);
+  pthread_mutex_lock(&g->lock);
+  g->joined++;
+  pthread_mutex_unlock(&g->lock);
+  while (!complete && fake_now() - start < GIVES_UP_S) {
+    pthread_mutex_lock(&g->lock);
+    complete = g->joined == size;
+    pthread_mutex_unlock(&g->lock);
+    if (!complete) fake_sleep(1e-3);
+  }
+  if (!complete) {
+    leave(g);
+    atomic_fetch_sub(&live, 1);
+    return REMOTE_FAILURE;
+  }
+  lina_nccl_comm c = calloc(1, sizeof *c);
+  c->rank = rank, c->size = size, c->group = g;
+  (void)cudaGetDevice(&c->device);
   *comm = c;
-  return LINA_NCCL_IN_PROGRESS;
+  return LINA_NCCL_SUCCESS;
 }
 
 int ncclCommGetAsyncError(lina_nccl_comm c, int *state) {
   *state = LINA_NCCL_SUCCESS;
   c->asked++; /* written, so that two threads at once are a race */
   if (fake_breaks(c->device, FAKE_ASYNC)) *state = REMOTE_FAILURE;
-  if (fake_breaks(c->device, FAKE_STUCK)) *state = LINA_NCCL_IN_PROGRESS;
-  if (c->polls > 0) c->polls--, *state = LINA_NCCL_IN_PROGRESS;
-  if (!c->joined) {
-    pthread_mutex_lock(&c->group->lock);
-    c->joined = c->group->joined == c->size;
-    pthread_mutex_unlock(&c->group->lock);
-    if (!c->joined && *state == LINA_NCCL_SUCCESS) *state = LINA_NCCL_IN_PROGRESS;
-  }
   return LINA_NCCL_SUCCESS;
 }
 
-/* Frees once what is in flight has ended, as NCCL does. */
+/* Ends calls that block; frees once those and what is in flight have ended, as NCCL does. */
 int ncclCommAbort(lina_nccl_comm c) {
   group *g = c->group;
-  int64_t issued = c->issued;
   pthread_mutex_lock(&g->lock);
   c->aborted = true;
   pthread_cond_broadcast(&g->changed);
-  while (c->ended < issued) pthread_cond_wait(&g->changed, &g->lock);
+  while (c->inside > 0 || c->ended < c->issued) pthread_cond_wait(&g->changed, &g->lock);
   pthread_mutex_unlock(&g->lock);
   leave(g);
   memset(c, 0xee, sizeof *c);
@@ -112,20 +117,38 @@ int ncclCommAbort(lina_nccl_comm c) {
 
 /* ---- calls ---- */
 
-/* Takes `o`; now and then in progress for a while. */
+static void enter(lina_nccl_comm c) {
+  pthread_mutex_lock(&c->group->lock);
+  c->inside++;
+  pthread_mutex_unlock(&c->group->lock);
+}
+static int leave_call(lina_nccl_comm c, int code) {
+  group *g = c->group;
+  pthread_mutex_lock(&g->lock);
+  c->inside--;
+  pthread_cond_broadcast(&g->changed);
+  pthread_mutex_unlock(&g->lock);
+  return code;
+}
+
+/* Takes `o` and leaves the call; one that is stuck ends by an abort alone. */
 static int issue(lina_nccl_comm c, operation *o, lina_nccl_stream stream) {
-  if (fake_breaks(c->device, FAKE_COLLECTIVE)) return free(o), 3;
-  o->issue = c->issued++;
+  if (fake_breaks(c->device, FAKE_COLLECTIVE)) return free(o), leave_call(c, 3);
+  bool stuck = fake_breaks(c->device, FAKE_STUCK);
+  pthread_mutex_lock(&c->group->lock);
+  while (stuck && !c->aborted) pthread_cond_wait(&c->group->changed, &c->group->lock);
+  bool aborted = c->aborted;
+  if (!aborted) o->issue = c->issued++;
+  pthread_mutex_unlock(&c->group->lock);
+  if (aborted) return free(o), leave_call(c, 5);
   fake_push(stream, fake_nccl_run, o);
-  c->polls = fake_random(&chance) % 3 == 0 ? (int)(fake_random(&chance) % 5) : 0;
-  if (fake_breaks(c->device, FAKE_STUCK)) return LINA_NCCL_IN_PROGRESS;
-  return c->polls ? LINA_NCCL_IN_PROGRESS : LINA_NCCL_SUCCESS;
+  return leave_call(c, LINA_NCCL_SUCCESS);
 }
 
 static int collective(op_kind kind, const void *from, void *to, size_t count, int dtype, int op,
                       lina_nccl_comm c, lina_nccl_stream stream) {
   if (depth) fake_broken("a reduction inside a group");
-  if (c->polls) fake_broken("a call while the one before is in progress");
+  enter(c);
   (void)fake_element_bytes(dtype);
   operation *o = calloc(1, sizeof *o);
   o->comm = c, o->kind = kind, o->from = from, o->to = to, o->count = count;
@@ -148,6 +171,7 @@ int ncclGroupStart(void) { return depth++, LINA_NCCL_SUCCESS; }
 static int add(lina_nccl_comm c, parcel p, lina_nccl_stream stream) {
   if (!depth || (opened && opened != c)) fake_broken("a send outside a group of its own");
   if (!opened) {
+    enter(c);
     opened = c, c->open = calloc(1, sizeof *c->open), c->open_stream = stream;
     c->open->comm = c, c->open->kind = EXCHANGE;
   }

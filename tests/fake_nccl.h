@@ -49,13 +49,13 @@ struct lina_nccl_handle {
   group *group;
   int rank, size, device;
   /* The caller's. */
-  int polls;                      /* times that it is still in progress */
-  int64_t asked, issued, collectives, sent[MAX_RANKS], received[MAX_RANKS];
+  int64_t asked, collectives, sent[MAX_RANKS], received[MAX_RANKS];
   operation *open;                /* of ncclGroupStart */
   lina_nccl_stream open_stream;
   /* Behind group->lock. */
-  bool joined, aborted;
-  int64_t run, ended;
+  bool aborted;
+  int inside;                     /* calls */
+  int64_t issued, run, ended;
 };
 
 /* Takes an operation, on the thread of its stream. */

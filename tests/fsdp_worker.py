@@ -120,10 +120,13 @@ def exact(device) -> None:
     size = carrier._policy.size if device.type == "cpu" else carrier.micro_op_bytes
     assert size < 1000, "nothing was cut"
     work = scatter(out, inp, group, dist.ReduceOp.SUM, async_op=True)
-    assert work.wait() and work.is_completed()
+    assert work.wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert work.is_completed()
     assert "must be SUM" in error_of(ValueError, scatter, out, inp, group, dist.ReduceOp.MAX)
     assert "int32" in error_of(ValueError, scatter, out.int(), inp.int(), group, dist.ReduceOp.SUM)
-    assert "4095 elements" in error_of(ValueError, scatter, out, inp[:4095], group, dist.ReduceOp.SUM)
+    assert f"{n * 1024 - 1} elements" in error_of(ValueError, scatter, out, inp[:-1], group, dist.ReduceOp.SUM)
 
 
 def held(device) -> None:

@@ -95,14 +95,14 @@ static void refuses(rank_state *s) {
   meet(s);
 }
 
-/* Meanwhile the watch, which sees an exchange without progress, must keep away. */
-static void stays_in_progress(rank_state *s) {
+/* The watch aborts what a call is in. */
+static void does_not_return(rank_state *s) {
   opened(s);
   double since_s = fake_now();
   if (s->rank == 0) {
     fine(exchange(s, 0), "an exchange");
     fake_break(0, FAKE_STUCK);
-    expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "did not answer in time", "an exchange");
+    expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "no progress", "an exchange");
     if (fake_now() - since_s > s->timeout_s + FUZZ_MARGIN_S) fake_broken("too late");
     drain(s, "after NCCL hung");
   }
@@ -196,7 +196,7 @@ static const struct {
     {"a rank never joins", never_joins, 3, 0.5},
     {"NCCL reports an error", reports, 2, 20},
     {"NCCL refuses a call", refuses, 2, 20},
-    {"NCCL stays in progress", stays_in_progress, 2, 0.9},
+    {"a call of NCCL does not return", does_not_return, 2, 0.9},
     {"freed while busy", freed_busy, 4, 20},
     {"freed in a call of another thread", freed_in_call, 2, 20},
     {"the driver blocks a call", driver_blocks, 2, 0.8},

@@ -58,7 +58,7 @@ def reduction(device) -> None:
     reducer = nccl.Reducer(world(), LINK, 5e-5)
     n = reducer.micro_op_bytes
     assert n % 256 == 0 and n > 0
-    for dtype in nccl._DTYPES:
+    for dtype in nccl.DTYPES:
         for count in (0, 1, 1000, n // 4, n // 2 + 1, 3 * n + 5):
             torch.manual_seed(count + dist.get_rank())
             x = torch.randn(count, device=device, dtype=torch.float64).to(dtype)

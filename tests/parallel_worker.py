@@ -137,9 +137,15 @@ def parity(device, ep: str, gate: str, schedule: str = "plain", transport: str =
     three_steps(net, ref, mesh)
 
 
+def by_kind(model) -> list[dict]:
+    """Parameter groups: on CUDA optimizers refuse DTensors beside plain tensors (docs/ranks.md)."""
+    kinds = {type(p) for p in model.parameters()}
+    return [dict(params=[p for p in model.parameters() if type(p) is kind]) for kind in kinds]
+
+
 def three_steps(net, ref, mesh) -> None:
     """Losses, gradients, their norm and weights are one process's, with SGD and momentum."""
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (net, ref)]
+    optimizers = [torch.optim.SGD(by_kind(m), lr=0.1, momentum=0.9) for m in (net, ref)]
     for step in range(3):
         loss = loss_of(net, *batch(dist.get_rank(), step, next(ref.parameters())))
         want = mean_loss(ref, step)

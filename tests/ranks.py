@@ -204,8 +204,8 @@ def _scenarios(spec: dict, rank: int) -> bool:
     if spec["backend"] == "nccl":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(spec["backend"], rank=rank, world_size=spec["world"],
-                            store=dist.FileStore(f"{spec['folder']}/store", spec["world"]),
+    store, failed = dist.FileStore(f"{spec['folder']}/store", spec["world"]), False
+    dist.init_process_group(spec["backend"], rank=rank, world_size=spec["world"], store=store,
                             timeout=timedelta(seconds=spec["timeout_s"]))
     module = importlib.import_module(spec["module"])
     for name in spec["scenarios"]:
@@ -217,10 +217,22 @@ def _scenarios(spec: dict, rank: int) -> bool:
         except Exception:
             error = traceback.format_exc()
         print(json.dumps(dict(scenario=name, error=error)), flush=True)
-        if error:
+        failed = failed or bool(error)
+        if error and not _all_fail(f"{name}: {error.splitlines()[-1]}", store, spec["world"]):
             return False                 # the ranks are out of step: nothing after this would mean anything
         dist.barrier()
     dist.destroy_process_group()
+    return not failed
+
+
+def _all_fail(how: str, store: dist.Store, world: int) -> bool:
+    """Whether all ranks ended a scenario with this error, within some seconds."""
+    deadline = time.monotonic() + 3
+    store.add(how, 1)
+    while store.add(how, 0) < world:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
     return True
 
 

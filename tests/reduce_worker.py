@@ -36,7 +36,7 @@ def values(device, count: int, dtype: torch.dtype, seed: int, askew: bool = Fals
 def expected(flat: torch.Tensor, mean: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The result in float64, and what rounding may change: each of the sums and the product in float32,
     once to the dtype; below the dtype's normal numbers by steps of its smallest."""
-    total, size = flat.double(), flat.double().abs()
+    total, size = flat.double().clone(), flat.double().abs()         # double() of float64 is flat itself
     if not flat.numel():
         return total, size
     dist.all_reduce(total)

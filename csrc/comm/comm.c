@@ -28,13 +28,22 @@ static void *abort_comm(void *nccl) {
   return NULL;
 }
 
+/* Of a communicator that a thread has taken for a call: whatever that does with it without
+ * waiting is done after a moment; then an abort is what ends it. */
+static void *abort_busy(void *nccl) {
+  const struct timespec moment = {0, 50000000};
+  nanosleep(&moment, NULL);
+  return abort_comm(nccl);
+}
+
 /* On a thread of its own: NCCL frees pinned memory once its own kernels have ended,
  * for which CUDA waits for all kernels, those of other communicators that are still
  * to be aborted among them. */
 static void abort_apart(lina_comm *c) {
   pthread_t thread;
+  void *(*how)(void *) = atomic_load(&c->calling) ? abort_busy : abort_comm;
   if (!c->nccl) return;
-  if (pthread_create(&thread, NULL, abort_comm, c->nccl) == 0) (void)pthread_detach(thread);
+  if (pthread_create(&thread, NULL, how, c->nccl) == 0) (void)pthread_detach(thread);
   c->nccl = NULL;
 }
 
@@ -52,28 +61,13 @@ int lina_comm_check(lina_comm *c) {
   return atomic_load(&c->failed) ? lina_error(LINA_EPEER, "%s", c->reason) : LINA_OK;
 }
 
-/* Waits, `c` being locked, until NCCL has done on the host what it was asked to. */
-static int settle(lina_comm *c, int code) {
-  const struct timespec nap = {0, 20000};
-  double start = lina_watch_now();
-  while (code == LINA_NCCL_IN_PROGRESS) {
-    if (lina_nccl.ncclCommGetAsyncError(c->nccl, &code) != LINA_NCCL_SUCCESS) code = 3;
-    if (code != LINA_NCCL_IN_PROGRESS) break;
-    const char *reason = NULL;
-    if (atomic_load(&c->closing)) reason = CLOSED;
-    if (lina_watch_now() - start > c->options.timeout_s)
-      reason = "the other ranks did not answer in time; one has stopped, or hangs";
-    if (reason) {
-      fail(c, reason);
-      return lina_comm_check(c);
-    }
-    nanosleep(&nap, NULL);
-  }
-  if (code == LINA_NCCL_SUCCESS) return LINA_OK;
+static int refused(lina_comm *c, int code) {
   char text[400];
+  pthread_mutex_lock(&c->lock);
   snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(code),
            c->nccl ? lina_nccl.ncclGetLastError(c->nccl) : "");
   fail(c, text);
+  pthread_mutex_unlock(&c->lock);
   return lina_comm_check(c);
 }
 
@@ -82,23 +76,21 @@ static int settle(lina_comm *c, int code) {
 static void watch_one(lina_comm *c, double now_s) {
   int state = LINA_NCCL_SUCCESS;
   uint32_t done = atomic_load(c->done);
-  bool idle = done == atomic_load(&c->issued);
+  bool idle = done == atomic_load(&c->issued) && !atomic_load(&c->calling);
   if (atomic_load(&c->failed)) return;
   if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;
   /* NCCL's own state is asked for only while something is outstanding for long. */
-  if (now_s - c->progress_s < 0.5 || pthread_mutex_trylock(&c->lock) != 0) return;
+  if (now_s - c->progress_s < 0.5) return;
+  char text[400] = "";
+  pthread_mutex_lock(&c->lock);
   if (c->nccl && lina_nccl.ncclCommGetAsyncError(c->nccl, &state) != LINA_NCCL_SUCCESS) state = 3;
-  if (state != LINA_NCCL_SUCCESS && state != LINA_NCCL_IN_PROGRESS) {
-    char text[400];
+  if (state != LINA_NCCL_SUCCESS && state != LINA_NCCL_IN_PROGRESS)
     snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(state),
-             lina_nccl.ncclGetLastError(c->nccl));
-    fail(c, text);
-  } else if (now_s - c->progress_s > c->options.timeout_s) {
-    char text[160];
+             c->nccl ? lina_nccl.ncclGetLastError(c->nccl) : "");
+  else if (now_s - c->progress_s > c->options.timeout_s)
     snprintf(text, sizeof text, "no progress for %.0f s; another rank has stopped, or hangs",
              c->options.timeout_s);
-    fail(c, text);
-  }
+  if (text[0]) fail(c, text);
   pthread_mutex_unlock(&c->lock);
 }
 
@@ -130,21 +122,61 @@ int lina_comm_id(char id[LINA_COMM_ID_BYTES]) {
   return lina_error(LINA_ENCCL, "comm: no id: %s", lina_nccl.ncclGetErrorString(code));
 }
 
+/* NCCL's calls block, since otherwise it starts a thread for each, 100 us. Making a communicator
+ * then waits for all ranks, with no handle yet by which to abort it: so it has a thread of its own. */
+typedef struct {
+  lina_nccl_id id;
+  lina_nccl_config config;
+  int rank, size, device, code;
+  lina_nccl_comm nccl;
+  _Atomic int state;                 /* whoever leaves last frees it */
+} joining;
+enum { JOINS, JOINED, ABANDONED };
+
+static void *join(void *argument) {
+  joining *j = argument;
+  j->code = cudaSetDevice(j->device) == cudaSuccess
+                ? lina_nccl.ncclCommInitRankConfig(&j->nccl, j->size, j->id, j->rank, &j->config)
+                : LINA_NCCL_UNHANDLED_CUDA;
+  if (atomic_exchange(&j->state, JOINED) == ABANDONED) {
+    if (j->code == LINA_NCCL_SUCCESS) (void)lina_nccl.ncclCommAbort(j->nccl);
+    free(j);
+  }
+  return NULL;
+}
+
 static int open(lina_comm *c, const char id[LINA_COMM_ID_BYTES]) {
-  lina_nccl_config config = LINA_NCCL_CONFIG;
-  lina_nccl_id unique;
-  int current = 0, rc;
-  memcpy(&unique, id, sizeof unique);
-  config.blocking = 0;
-  if (c->options.max_ctas > 0) config.max_ctas = c->options.max_ctas;
-  if (cudaGetDevice(&current) != cudaSuccess || cudaSetDevice(c->options.device) != cudaSuccess)
-    return lina_error(LINA_ECUDA, "%s: no device %d", c->options.name, c->options.device);
-  LINA_TRY(lina_memop_word(c->options.device, &c->done, &c->done_on_device));
-  rc = settle(c, lina_nccl.ncclCommInitRankConfig(&c->nccl, c->options.size, unique,
-                                                  c->options.rank, &config));
-done:
-  (void)cudaSetDevice(current);
-  return rc;
+  const struct timespec nap = {0, 200000};
+  const double start = lina_watch_now();
+  pthread_t thread;
+  int rc = lina_memop_word(c->options.device, &c->done, &c->done_on_device);
+  if (rc != LINA_OK) return rc;
+  joining *j = calloc(1, sizeof *j);
+  if (!j) return lina_error(LINA_ENOMEM, "%s: no memory", c->options.name);
+  *j = (joining){.config = LINA_NCCL_CONFIG, .rank = c->options.rank, .size = c->options.size,
+                 .device = c->options.device};
+  memcpy(&j->id, id, sizeof j->id);
+  j->config.blocking = 1;
+  if (c->options.max_ctas > 0) j->config.max_ctas = c->options.max_ctas;
+  if (pthread_create(&thread, NULL, join, j) != 0) {
+    free(j);
+    return lina_error(LINA_ENOMEM, "%s: no thread to join by", c->options.name);
+  }
+  (void)pthread_detach(thread);
+  while (atomic_load(&j->state) == JOINS) {
+    if (lina_watch_now() - start > c->options.timeout_s &&
+        atomic_exchange(&j->state, ABANDONED) == JOINS) {
+      pthread_mutex_lock(&c->lock);
+      fail(c, "the other ranks did not answer in time; one has stopped, or hangs");
+      pthread_mutex_unlock(&c->lock);
+      return lina_comm_check(c);
+    }
+    nanosleep(&nap, NULL);
+  }
+  const int code = j->code;
+  c->nccl = code == LINA_NCCL_SUCCESS ? j->nccl : NULL;
+  free(j);
+  return code == LINA_NCCL_SUCCESS ? LINA_OK : refused(c, code);
 }
 
 int lina_comm_create(lina_comm **out, const lina_comm_options *options,
@@ -223,17 +255,19 @@ int lina_comm_begin(lina_comm *c) {
 
 void lina_comm_end(lina_comm *c) { pthread_mutex_unlock(&c->order); }
 
-int lina_comm_take(lina_comm *c) {
+int lina_comm_take(lina_comm *c, lina_nccl_comm *nccl) {
   pthread_mutex_lock(&c->lock);
   int rc = usable(c);
-  if (rc != LINA_OK) pthread_mutex_unlock(&c->lock);
+  *nccl = c->nccl;
+  if (rc == LINA_OK) atomic_store(&c->calling, true);
+  pthread_mutex_unlock(&c->lock);
   return rc;
 }
 
 int lina_comm_took(lina_comm *c, int code, void *stream) {
   enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  int rc = settle(c, code);
-  pthread_mutex_unlock(&c->lock);
+  int rc = code == LINA_NCCL_SUCCESS ? lina_comm_check(c) : refused(c, code);
+  atomic_store(&c->calling, false);
   if (rc != LINA_OK) return rc;
   if (cudaStreamIsCapturing((cudaStream_t)stream, &capture) != cudaSuccess)
     return lina_error(LINA_ECUDA, "%s: not a stream of device %d", c->options.name,

@@ -11,11 +11,12 @@
 struct lina_comm {
   lina_comm_options options;
   lina_nccl_comm nccl;               /* NULL once aborted */
-  /* `order` is held from begin to end, so that operations do not mix: also while the driver
-   * blocks the thread, as it does where a stream's queue is full. `lock`, taken second,
-   * guards `nccl` and `reason`, and is held around calls of NCCL alone, none of which waits
-   * for a stream: the watch thread can have it and abort what the driver waits for. */
+  /* `order` is held from begin to end, so that operations do not mix: also while NCCL or the
+   * driver blocks the thread, as they do where a rank is missing or a stream's queue is full.
+   * `lock`, taken second, guards `nccl` and `reason` for moments only: the watch thread can
+   * have it and abort what such a call waits for. */
   pthread_mutex_t order, lock;
+  _Atomic bool calling;              /* inside NCCL */
   _Atomic bool failed, closing;
   char reason[512];                  /* written once, before `failed` */
   /* Progress: operations issued, and ended as the stream counts them. */
@@ -30,11 +31,10 @@ struct lina_comm {
 /* An operation of one or more of NCCL's begins, if the communicator has not failed. */
 int lina_comm_begin(lina_comm *c);
 
-/* Before a call of NCCL, again if it has not failed. lina_comm_took must follow. */
-int lina_comm_take(lina_comm *c);
+/* Before a call of NCCL: its handle, if it has not failed. lina_comm_took must follow. */
+int lina_comm_take(lina_comm *c, lina_nccl_comm *nccl);
 
-/* `code` is what NCCL answered to an operation on `stream`: waits until NCCL has
- * taken it over, and counts it. */
+/* `code` is what NCCL answered to an operation on `stream`, which it counts. */
 int lina_comm_took(lina_comm *c, int code, void *stream);
 
 void lina_comm_end(lina_comm *c);

@@ -12,17 +12,18 @@
 
 #define MAX_BYTES ((int64_t)1 << 48) /* more than any memory: sums do not overflow */
 
-static int exchange(lina_comm *c, const lina_all_to_all *a, void *stream) {
+static int exchange(const lina_comm *c, lina_nccl_comm nccl, const lina_all_to_all *a,
+                    void *stream) {
   const char *from = a->send;
   char *to = a->receive;
   int code = lina_nccl.ncclGroupStart();
   for (int r = 0; r < c->options.size && code == LINA_NCCL_SUCCESS; r++) {
     if (a->send_bytes[r] > 0)
       code =
-          lina_nccl.ncclSend(from, (size_t)a->send_bytes[r], LINA_NCCL_UINT8, r, c->nccl, stream);
+          lina_nccl.ncclSend(from, (size_t)a->send_bytes[r], LINA_NCCL_UINT8, r, nccl, stream);
     if (a->receive_bytes[r] > 0 && code == LINA_NCCL_SUCCESS)
       code =
-          lina_nccl.ncclRecv(to, (size_t)a->receive_bytes[r], LINA_NCCL_UINT8, r, c->nccl, stream);
+          lina_nccl.ncclRecv(to, (size_t)a->receive_bytes[r], LINA_NCCL_UINT8, r, nccl, stream);
     from += a->send_bytes[r], to += a->receive_bytes[r];
   }
   int ended = lina_nccl.ncclGroupEnd();
@@ -30,6 +31,7 @@ static int exchange(lina_comm *c, const lina_all_to_all *a, void *stream) {
 }
 
 int lina_comm_all_to_all(lina_comm *c, const lina_all_to_all *a, int how, void *stream) {
+  lina_nccl_comm nccl = NULL;
   int64_t sent = 0, received = 0;
   for (int r = 0; r < c->options.size; r++) {
     const int64_t out = a->send_bytes[r], in = a->receive_bytes[r];
@@ -43,8 +45,8 @@ int lina_comm_all_to_all(lina_comm *c, const lina_all_to_all *a, int how, void *
   int rc = lina_comm_begin(c);
   if (rc != LINA_OK) return rc;
   if (how & LINA_A2A_RAISE) LINA_TRY(lina_priority_raise(c->options.device, stream));
-  LINA_TRY(lina_comm_take(c));
-  LINA_TRY(lina_comm_took(c, exchange(c, a, stream), stream));
+  LINA_TRY(lina_comm_take(c, &nccl));
+  LINA_TRY(lina_comm_took(c, exchange(c, nccl, a, stream), stream));
   if (how & LINA_A2A_LOWER) LINA_TRY(lina_priority_lower(c->options.device, stream));
 done:
   /* The stream may raise it only now, long after the failure released it. */
@@ -78,6 +80,7 @@ static int64_t cut(const lina_policy *policy, int64_t left, int element_bytes) {
 }
 
 int lina_comm_all_reduce(lina_comm *c, const lina_all_reduce *a, void *stream) {
+  lina_nccl_comm nccl = NULL;
   element e = {0};
   char *at = a->data;
   int64_t left;
@@ -89,11 +92,11 @@ int lina_comm_all_reduce(lina_comm *c, const lina_all_reduce *a, void *stream) {
   while (left > 0) {
     int64_t bytes = cut(a->policy, left, e.bytes);
     if (a->policy) LINA_TRY(lina_priority_wait(c->options.device, stream));
-    LINA_TRY(lina_comm_take(c));
+    LINA_TRY(lina_comm_take(c, &nccl));
     LINA_TRY(lina_comm_took(
         c,
         lina_nccl.ncclAllReduce(at, at, (size_t)(bytes / e.bytes), e.nccl,
-                                a->mean ? LINA_NCCL_AVG : LINA_NCCL_SUM, c->nccl, stream),
+                                a->mean ? LINA_NCCL_AVG : LINA_NCCL_SUM, nccl, stream),
         stream));
     at += bytes, left -= bytes;
   }
@@ -125,6 +128,7 @@ static int pack(const lina_comm *c, const lina_reduce_scatter *a, int64_t at, in
 }
 
 int lina_comm_reduce_scatter(lina_comm *c, const lina_reduce_scatter *a, void *stream) {
+  lina_nccl_comm nccl = NULL;
   element e = {0};
   int rc = find_element(c->options.name, "reduce-scatter", a->dtype, &e);
   if (rc == LINA_OK)
@@ -143,11 +147,11 @@ int lina_comm_reduce_scatter(lina_comm *c, const lina_reduce_scatter *a, void *s
     bytes = cut(a->policy, total - at, e.bytes);
     if (needed > 0) LINA_TRY(pack(c, a, at, bytes, total, stream));
     if (a->policy) LINA_TRY(lina_priority_wait(c->options.device, stream));
-    LINA_TRY(lina_comm_take(c));
+    LINA_TRY(lina_comm_take(c, &nccl));
     LINA_TRY(lina_comm_took(
         c,
         lina_nccl.ncclReduceScatter(from, (char *)a->out + at, (size_t)(bytes / e.bytes), e.nccl,
-                                    a->mean ? LINA_NCCL_AVG : LINA_NCCL_SUM, c->nccl, stream),
+                                    a->mean ? LINA_NCCL_AVG : LINA_NCCL_SUM, nccl, stream),
         stream));
   }
 done:

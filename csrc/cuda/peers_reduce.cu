@@ -2,8 +2,8 @@
  *
  * A block has two warps beside those that move data. Warp 0 sets and awaits flags: its
  * fence, which lasts as long as the last stores are on their way, hides behind the next tile's
- * loads. Warp 1 reads the priority word, which lies in host memory, a step ahead: the
- * value a step looks at has been on its way for all of the step before.
+ * loads. Warp 1 reads the priority word a step ahead: the value a step looks at has been on
+ * its way for all of the step before.
  * The others copy and add vectors of 16 bytes, several to a thread in flight, past the L1 cache.
  * Bound by NVLink, over which every rank sends count * 2 (ep - 1) / ep elements.
  */
@@ -156,7 +156,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
   bool lost = failed; /* read between a step's barriers alone, where nobody writes it */
   const uint64_t start = first, end = start + mine;
   bool gives_way = a.priority != NULL;
-  uint32_t raised = warp == 1 && lane == 0 && gives_way ? read_word(a.priority) : 0;
+  uint32_t raised = warp == 1 && lane == 0 && gives_way ? read_word(a) : 0;
   const auto span = [&](unsigned tile) {
     return Span<T>(a, p, (int64_t)(blockIdx.x + tile * gridDim.x) * size, size);
   };
@@ -178,7 +178,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     } else if (warp == 1) {
       if (lane == 0 && gives_way && (s < mine || (SCATTER && summed < mine))) {
         if (raised) gives_way = give_way(a);
-        raised = read_word(a.priority);
+        raised = read_word(a);
       }
       __syncwarp();
     } else if (s < mine) {

@@ -68,6 +68,10 @@ static __device__ __forceinline__ uint64_t *first_tile(const Args &a) {
          blockIdx.x;
 }
 
+static __device__ __forceinline__ uint32_t *mirror(const Args &a) {
+  return (uint32_t *)(a.links.buffer[a.links.rank] + a.links.out_at + LINA_REDUCE_MIRROR);
+}
+
 /* ---- warp 0: lane 8 * phase + rank has that rank's flag ---- */
 
 /* After the block's barrier behind the stores. */
@@ -113,19 +117,31 @@ static __device__ bool arrives(const Args &a, const Plan &p, int phase, int sour
 
 /* ---- warp 1 ---- */
 
-static __device__ __forceinline__ uint32_t read_word(const uint32_t *word) {
+/* Block 0 reads the word itself and tells the others: a GPU reads host memory once a
+ * microsecond at most, all blocks taken together, and launches kernels by such reads. */
+static __device__ __forceinline__ uint32_t read_word(const Args &a) {
   uint32_t v;
-  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(word) : "memory");
+  if (blockIdx.x == 0)
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(a.priority) : "memory");
+  else
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(mirror(a)) : "memory");
   return v;
+}
+static __device__ __forceinline__ void tell(const Args &a, uint32_t v) {
+  if (blockIdx.x == 0)
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(mirror(a)), "r"(v) : "memory");
 }
 /* Until the word is 0; false when that took too long. */
 static __device__ bool give_way(const Args &a) {
   const uint64_t start = peers_time_ns();
+  bool held = true;
+  tell(a, 1);
   do {
-    if (peers_time_ns() - start > a.hold_ns) return false;
+    held = peers_time_ns() - start < a.hold_ns;
     __nanosleep(500);
-  } while (read_word(a.priority));
-  return true;
+  } while (held && read_word(a));
+  tell(a, 0);
+  return held;
 }
 
 #endif

@@ -25,9 +25,9 @@
  * all peers' flags seen, so the next begins with all tiles but the last D known to be
  * summed, and sends D + 1 tiles, 2D + 1 slots in all, before it has seen a new flag.
  *
- * Giving way: `priority` is the word of comm/priority.h. While it is not 0 a block sends no
- * further tile; where that lasts for hold_ns, it goes on and heeds the word no more in this
- * call.
+ * Giving way: `priority` is the word of comm/priority.h; block 0 reads it, the others read
+ * block 0's mirror. While it is not 0 a block sends no further tile; where that lasts for
+ * hold_ns, it goes on and heeds the word no more in this call.
  *
  * A wait ends after timeout_ns, when the host aborts, when the peer reduces something
  * else (count, dtype, mean), or when the peer failed; then `word` tells the host what was
@@ -61,8 +61,10 @@ extern "C" {
 enum { LINA_PEERS_REDUCE = LINA_PEERS_BACK + 1 }; /* the direction in lina_peers_word */
 
 /* In a buffer's `out`: flags [blocks, 2 phases, sources], the blocks' first tile
- * numbers u64 [blocks], then rings [blocks, phases, ep - 1 sources, slots]. */
+ * numbers u64 [blocks], the mirror of the priority word u32, then rings [blocks, phases,
+ * ep - 1 sources, slots]. */
 #define LINA_REDUCE_FLAGS    (LINA_REDUCE_BLOCKS * 2 * LINA_PEERS_MAX * LINA_PEERS_FLAG)
+#define LINA_REDUCE_MIRROR   (LINA_REDUCE_FLAGS + LINA_REDUCE_BLOCKS * 8)
 #define LINA_REDUCE_RINGS_AT (LINA_REDUCE_FLAGS + 4096)
 
 typedef struct {

@@ -16,7 +16,7 @@ from lina.parallel.transport.nccl import stream
 from lina.parallel.transport.peers import share
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)       # in the order of csrc/dtype.h
-_BLOCKS = 24          # they fit beside p2p's exchanges on GPUs of 96 SMs and more
+_BLOCKS = 32          # they fit beside p2p's exchanges on GPUs of 128 SMs and more
 
 
 class PeerReducer:
@@ -26,7 +26,7 @@ class PeerReducer:
 
     Args:
         group: 2 to 8 ranks of one host, one GPU each.
-        blocks: thread blocks of the kernel, an SM each, 1 to 64; by default 24, or what p2p's exchanges of
+        blocks: thread blocks of the kernel, an SM each, 1 to 64; by default 32, or what p2p's exchanges of
             tokens leave, by default a quarter of the SMs.
         tile_bytes: what a block moves at a time, a power of two from 4 KiB to 1 MiB; a pause begins when the
             tiles on their way have passed.
