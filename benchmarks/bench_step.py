@@ -7,7 +7,8 @@ Forward, backward and fused AdamW in bf16. Every FFN is a layer of experts; fewe
 model has (--layers) take as much less of its vocabulary. Designs, by name@forward/backward passes:
 `torch`: torch's DDP with its default hook on the dense part, experts by the plain all-to-all of bench_ep.py
 (`torch-select` likewise); `plain`: lina.ddp(schedule="plain") over c10d; `c10d`, `nccl`, `p2p`:
-schedule="lina" over that transport; `auto`: schedule="auto".
+schedule="lina" over that transport; `packed`: the same after lina.regroup has moved all experts to each rank;
+`auto`: schedule="auto", which may move them too.
 
 Before a design is timed: in float32, on a small model, its gradients equal the first design's but for
 rounding, and so do the losses of five steps; in bf16, on the timed model, the losses of five steps (bounds:
@@ -41,6 +42,7 @@ from training import (
 
 import lina
 from lina import parallel
+from lina._C import read_priority
 from lina.parallel.ddp import SCHEDULES
 
 DESIGNS = {"cuda": "torch,torch-select,plain,nccl@1,nccl@2,nccl@3,p2p",
@@ -79,7 +81,9 @@ class Bench:
         row: dict[str, Any] = dict(losses=losses, loss_error=error)      # in parts of what is allowed
         if self.clock.cuda:
             torch.cuda.reset_peak_memory_stats()
+        released = self.releases()
         row["step"] = vars(step_times(trainer, self.clock))
+        row["released"] = self.releases() - released
         if self.clock.cuda:
             row["peak_gib"] = slowest([torch.cuda.max_memory_allocated() / 2**30], self.device)[0]
         if name.startswith("torch"):
@@ -105,6 +109,10 @@ class Bench:
             say(f"  {self.plan}")
         trainer.close()
         return row
+
+    def releases(self) -> int:
+        """How often the host had to let gradients go on, since all-to-alls kept them for too long."""
+        return read_priority(self.device.index)[1] if self.clock.cuda else 0
 
     def planned(self, rows: dict[str, Any]) -> None:
         """What the plan of `auto` predicts for the designs that were timed."""
@@ -148,6 +156,8 @@ def describe(label: str, row: dict[str, Any], base: dict[str, Any] | None) -> st
         if key in row:
             share = row[key]
             said.append(f"hidden by {name} " + (f"{share:.1%}" if isinstance(share, float) else f"{share}"))
+    if row["released"]:
+        said.append(f"gradients were let go on {row['released']} times")
     if "peak_gib" in row:
         said.append(f"{row['peak_gib']:.1f} GiB")
     if row.get("predicted_s"):
