@@ -1,6 +1,6 @@
 """Tokens between GPUs: stores into peers' memory against NCCL, by size; a round in a graph.
 
-    torchrun --standalone --nproc-per-node gpu benchmarks/bench_a2a.py [--sms N ..] [--ways W ..] [--json F]
+    torchrun --standalone --nproc-per-node gpu benchmarks/bench_a2a.py [--sms N ..] [--json F]
 
 Bandwidth counts the bytes that leave a GPU. p2p: rows to the other ranks and the wait for theirs (dispatch),
 and back with the sum (collect). NCCL's all_to_all_single: equal parts to every
@@ -144,13 +144,13 @@ def by_size(peers: Peers, megabytes: int, note: str = "") -> dict:
     return row(f"{megabytes} MB out{note}", dict.fromkeys(times, size) | {"round": 2 * size}, times)
 
 
-def layer_back(peers: Peers, T: int, D: int, K: int, E: int, note: str = "") -> dict:
+def layer_back(peers: Peers, T: int, D: int, K: int, E: int) -> dict:
     """collect with the sum over a row's experts in it."""
     case = Exchange(peers, T, D, K, E)
     case.check()
     case.by_pair()
     away = (case.slot >= 0).sum() - (case.slot[:, peers.rank] >= 0).sum()
-    return row(f"{T=} {D=} {K=}{note}", {"collect": 2 * int(away) * D},
+    return row(f"{T=} {D=} {K=}", {"collect": 2 * int(away) * D},
                {"collect": time_us(case.collect, before=case.dispatch)})
 
 
@@ -166,8 +166,6 @@ def decode(peers: Peers, T: int, D: int, K: int, E: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sms", type=int, nargs="*", default=[], help="64 MB also with so many SMs")
-    parser.add_argument("--ways", nargs="*", default=[],
-                        help="stores, bulk, split: ways to send, by LINA_P2P_WAY; sizes from 4 MB")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -181,13 +179,6 @@ def main() -> None:
     rows = [decode(peers, 128, 7168, 8, 256), decode(peers, 128, 2048, 8, 128)]
     rows += [by_size(peers, megabytes) for megabytes in MEGABYTES]
     rows += [decode(peers, 8192, 2048, 8, 128), layer_back(peers, 8192, 2048, 8, 128)]
-    for way in args.ways:
-        os.environ["LINA_P2P_WAY"] = way             # read at each launch
-        rows += [by_size(peers, megabytes, f", {way}") for megabytes in MEGABYTES[1:]]
-        rows.append(layer_back(peers, 8192, 2048, 8, 128, f", {way}"))
-        for sms in args.sms:
-            rows.append(by_size(Peers(dist.group.WORLD, timeout_s=5, sms=sms), 64, f", {sms} SMs, {way}"))
-    os.environ.pop("LINA_P2P_WAY", None)
     for sms in args.sms:
         rows.append(by_size(Peers(dist.group.WORLD, timeout_s=5, sms=sms), 64, f", {sms} SMs"))
     peers.check()

@@ -76,7 +76,7 @@ def _select(rows: Tensor, index: Tensor) -> Tensor:
 def _grouped(rows: Tensor, weight_LUD: Tensor, ends: Tensor) -> Tensor:
     if rows.dtype == torch.bfloat16 or not rows.is_cuda:
         return torch._grouped_mm(rows, weight_LUD.transpose(1, 2), offs=ends)
-    parts = rows.tensor_split(ends[:-1].long().cpu())       # checks in float32, which torch's product does not take
+    parts = rows.tensor_split(ends[:-1].long().cpu())       # in float32, which torch's product does not take
     return torch.cat([part @ w.T for part, w in zip(parts, weight_LUD, strict=True)])
 
 

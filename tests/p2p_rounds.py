@@ -1,8 +1,6 @@
-"""Scenarios of p2p_worker.py about single rounds: ways to send, priority over gradients, passes."""
+"""Scenarios of p2p_worker.py about single rounds: large ones, priority over gradients, passes."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 import torch.distributed as dist
@@ -15,48 +13,56 @@ from lina.parallel.tokens.round import Round
 from lina.parallel.transport.peers import Peers, peers_of
 
 
-def ways(device) -> None:
-    """Each way to send gives the same bits: rows of a piece and a half, K of one and more, with gradients.
-
-    Above 2 MB a rank, where the copy engines take over; T is no multiple of anything.
+def large(device) -> None:
+    """Rows of 32 MB, from which either half of a round is two kernels: as over c10d, the same bits again and
+    replayed. One rank above that and one below; both above; no whole vectors; slots counted while sending.
     """
     group = dist.group.WORLD
-    peers = Peers(group, tokens=1501, timeout_s=10)
-    for T, D, K in ((1501, 1024, 3), (403, 3080, 1), (1501, 720, 8)):
+    for T, D, K in ((4099, 4096, 3), (4200, 4096, 8), (5700, 3001, 1), (500, 40000, 2)):
         leaves, expert, E = inputs(device, T - 7 * dist.get_rank(), D, 32, K, torch.bfloat16, "wide")
-        found = {}
-        for way in ("stores", "bulk", "split", "bulk"):
-            os.environ["LINA_P2P_WAY"] = way
-            now = on_fresh(lambda fresh, *more: ours(fresh, *more, peers), leaves, True, expert, E)
-            same(now, found.setdefault("first", now), f"{way} {T=} {D=} {K=}")
-        os.environ.pop("LINA_P2P_WAY")
-        both(leaves, expert, E, peers, group, f"{T=} {D=} {K=}")
-    peers.close()
+        peers, what = Peers(group, tokens=T, timeout_s=10), f"{T=} {D=} {K=}"
+        both(leaves, expert, E, peers, group, what)
+        def run(leaves=leaves, expert=expert, E=E, peers=peers) -> list:
+            return on_fresh(lambda fresh: ours(fresh, expert, E, peers), leaves, True)
+
+        first, again = run(), run()
+        same(again, first, what)
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+            held = run()
+        for _ in range(2):
+            captured.replay()
+            same(held, first, f"{what}, replayed")
+        torch.cuda.synchronize()
+        peers.close()
     settle()
 
 
 def priority(device) -> None:
     """The word that gradients respect: raised from dispatch to collect in training, not without gradients;
     down after forward and backward; a replayed graph raises it anew."""
-    peers, index = Peers(dist.group.WORLD, timeout_s=10), torch.cuda.current_device()
-    T, D, K, E = 8, 64, 2, 2 * world()
-    layer = peers.layer(T, D, K, E, torch.bfloat16, True)
-    expert = torch.arange(T * K, device=device, dtype=torch.int32).view(T, K) % E
-    x, weight = torch.ones(T, D, device=device, dtype=torch.bfloat16), torch.ones(T, K, device=device)
-    slot, count = expert.new_empty(T, world()), expert.new_empty(2, world())
-    y = x.new_ones(world() * layer.C, D)
-    received = weight.new_empty(len(y), K), expert.new_empty(len(y), K)
+    peers, index = Peers(dist.group.WORLD, tokens=4200, timeout_s=10), torch.cuda.current_device()
 
     def raised() -> bool:
         torch.cuda.synchronize()
         return _C.read_priority(index)[0]
 
-    for on in (False, True):
+    for T, D, on in ((8, 64, False), (8, 64, True), (4200, 4096, True)):     # the last by two kernels a half
+        K, E = 2, 2 * world()
+        layer = peers.layer(T, D, K, E, torch.bfloat16, True)
+        expert = torch.arange(T * K, device=device, dtype=torch.int32).view(T, K) % E
+        x, weight = torch.ones(T, D, device=device, dtype=torch.bfloat16), torch.ones(T, K, device=device)
+        slot, count = expert.new_empty(T, world()), expert.new_empty(2, world())
+        y = x.new_ones(world() * layer.C, D)
+        received = weight.new_empty(len(y), K), expert.new_empty(len(y), K)
         call = Round(peers, layer, T, D, K, E, torch.bfloat16, on, on)
-        def out(call=call) -> None:
-            call.dispatch("out", x, expert, weight, slot, count, None, *received)
-        def back(call=call) -> None:
-            call.collect("back", y, None, None, None, slot, count, expert, torch.empty_like(x), None)
+        sent = x, expert, weight, slot, count, None, *received
+        returned = y, None, None, None, slot, count, expert, torch.empty_like(x), None
+        def out(call=call, sent=sent) -> None:
+            call.dispatch("out", *sent)
+        def back(call=call, returned=returned) -> None:
+            call.collect("back", *returned)
         out(), back()
         graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
         for graph, half in zip(graphs, (out, back), strict=True):
@@ -65,7 +71,7 @@ def priority(device) -> None:
                 half()
         for half, other in [(out, back), (out, back), (graphs[0].replay, graphs[1].replay)]:
             if raised():
-                wrong.append(f"raised before, {on=}")
+                wrong.append(f"raised before, {T=} {on=}")
             dist.barrier()                   # or the watch might lower it while a late rank is waited for
             half()
             if raised() != on:               # synchronize, then read: far less than the 0.25 s it may stay

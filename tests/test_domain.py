@@ -135,9 +135,9 @@ def test_memory_outlives_a_late_rank(fake: Fake, monkeypatch) -> None:
     assert fake.made[0].closed != fake.made[1].closed and len(domain._mapped) == 2
 
 
-@pytest.mark.parametrize("sms,blocks", [(132, 24),      # an H200
+@pytest.mark.parametrize("sms,blocks", [(132, 32),      # an H200
                                         (78, 21),       # 3/4 for tokens, by fours
-                                        (96, 24)])      # exactly
+                                        (128, 32)])     # exactly
 def test_default_blocks_fit(sms: int, blocks: int) -> None:
     assert _fitting(None, [[sms, 0], [132, 0]]) == blocks
     assert blocks + peers.share(sms) <= sms

@@ -129,15 +129,15 @@ typedef struct {
   lina_nccl_config config;
   int rank, size, device, code;
   lina_nccl_comm nccl;
-  _Atomic int state;                 /* whoever leaves last frees it */
+  _Atomic int state; /* whoever leaves last frees it */
 } joining;
 enum { JOINS, JOINED, ABANDONED };
 
 static void *join(void *argument) {
   joining *j = argument;
   j->code = cudaSetDevice(j->device) == cudaSuccess
-                ? lina_nccl.ncclCommInitRankConfig(&j->nccl, j->size, j->id, j->rank, &j->config)
-                : LINA_NCCL_UNHANDLED_CUDA;
+              ? lina_nccl.ncclCommInitRankConfig(&j->nccl, j->size, j->id, j->rank, &j->config)
+              : LINA_NCCL_UNHANDLED_CUDA;
   if (atomic_exchange(&j->state, JOINED) == ABANDONED) {
     if (j->code == LINA_NCCL_SUCCESS) (void)lina_nccl.ncclCommAbort(j->nccl);
     free(j);
@@ -153,7 +153,9 @@ static int open(lina_comm *c, const char id[LINA_COMM_ID_BYTES]) {
   if (rc != LINA_OK) return rc;
   joining *j = calloc(1, sizeof *j);
   if (!j) return lina_error(LINA_ENOMEM, "%s: no memory", c->options.name);
-  *j = (joining){.config = LINA_NCCL_CONFIG, .rank = c->options.rank, .size = c->options.size,
+  *j = (joining){.config = LINA_NCCL_CONFIG,
+                 .rank = c->options.rank,
+                 .size = c->options.size,
                  .device = c->options.device};
   memcpy(&j->id, id, sizeof j->id);
   j->config.blocking = 1;

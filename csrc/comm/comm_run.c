@@ -19,11 +19,9 @@ static int exchange(const lina_comm *c, lina_nccl_comm nccl, const lina_all_to_a
   int code = lina_nccl.ncclGroupStart();
   for (int r = 0; r < c->options.size && code == LINA_NCCL_SUCCESS; r++) {
     if (a->send_bytes[r] > 0)
-      code =
-          lina_nccl.ncclSend(from, (size_t)a->send_bytes[r], LINA_NCCL_UINT8, r, nccl, stream);
+      code = lina_nccl.ncclSend(from, (size_t)a->send_bytes[r], LINA_NCCL_UINT8, r, nccl, stream);
     if (a->receive_bytes[r] > 0 && code == LINA_NCCL_SUCCESS)
-      code =
-          lina_nccl.ncclRecv(to, (size_t)a->receive_bytes[r], LINA_NCCL_UINT8, r, nccl, stream);
+      code = lina_nccl.ncclRecv(to, (size_t)a->receive_bytes[r], LINA_NCCL_UINT8, r, nccl, stream);
     from += a->send_bytes[r], to += a->receive_bytes[r];
   }
   int ended = lina_nccl.ncclGroupEnd();

@@ -10,6 +10,8 @@
 #define PEERS_DEPTH   4 /* vectors of one lane in flight: a warp's piece of a row */
 #define PEERS_POISON  255u
 #define PEERS_LOST    0xffffffffu
+/* Bytes sent from which a half is two kernels: below, one more launch costs more than it gains. */
+#define PEERS_SPLIT_LEAST (32 << 20)
 
 static __device__ __forceinline__ uint64_t peers_time_ns() {
   uint64_t t;
@@ -28,9 +30,8 @@ static __device__ __forceinline__ void peers_relaxed(uint64_t *p, uint64_t v) {
 static __device__ __forceinline__ void peers_fence() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
-static __device__ __forceinline__ uint64_t *peers_flag(char *buffer, int direction, int source,
-                                                       int chunk = 0) {
-  const int flag = (direction * LINA_PEERS_CHUNKS + chunk) * LINA_PEERS_MAX + source;
+static __device__ __forceinline__ uint64_t *peers_flag(char *buffer, int direction, int source) {
+  const int flag = direction * LINA_PEERS_CHUNKS * LINA_PEERS_MAX + source; /* of chunk 0 */
   return (uint64_t *)(buffer + flag * LINA_PEERS_FLAG);
 }
 static __device__ __forceinline__ uint64_t peers_signal(uint32_t epoch, uint32_t tag,
@@ -52,8 +53,8 @@ static __device__ inline void peers_fail(const lina_peers_links &links, uint32_t
 
 /* Rows that `source` announces in this epoch, or PEERS_LOST. */
 static __device__ inline uint32_t peers_wait(const lina_peers_links &links, int direction,
-                                             int source, uint32_t epoch, int chunk = 0) {
-  const uint64_t *flag = peers_flag(links.buffer[links.rank], direction, source, chunk);
+                                             int source, uint32_t epoch) {
+  const uint64_t *flag = peers_flag(links.buffer[links.rank], direction, source);
   const volatile uint32_t *failed = &links.state->failed;
   if (*failed) return PEERS_LOST;
   uint64_t start = 0;
@@ -99,14 +100,13 @@ static __device__ __forceinline__ bool peers_all_sent(lina_peers_state *state) {
 
 /* Flags to all ranks but this one (its own too if `own`); poison after a failure. */
 static __device__ inline void peers_announce(const lina_peers_links &links, int direction,
-                                             uint32_t epoch, const int32_t *count, bool own,
-                                             int chunk = 0) {
+                                             uint32_t epoch, const int32_t *count, bool own) {
   const bool failed = *(const volatile uint32_t *)&links.state->failed;
   for (int i = own ? 0 : 1; i < links.ep; i++) {
     const int d = links.rank + i < links.ep ? links.rank + i : links.rank + i - links.ep;
     const uint64_t f = failed ? peers_signal(epoch, PEERS_POISON, LINA_PEERS_FAILED)
                               : peers_signal(epoch, links.tag, count ? (uint32_t)count[d] : 0);
-    peers_relaxed(peers_flag(links.buffer[d], direction, links.rank, chunk), f);
+    peers_relaxed(peers_flag(links.buffer[d], direction, links.rank), f);
   }
 }
 
@@ -135,7 +135,7 @@ static __device__ __forceinline__ void peers_end(lina_peers_state *state, int di
   state->epoch[direction] = turn.epoch;
 }
 
-/* In place of peers_end where another kernel of the same half follows. */
+/* In place of peers_end where the second kernel of the same half follows. */
 static __device__ __forceinline__ void peers_again(lina_peers_state *state, peers_turn turn) {
   if (threadIdx.x == 0 && turn.order == gridDim.x - 1) state->begun = 0;
 }
@@ -164,6 +164,9 @@ template <class V> struct peers_piece {
   }
 };
 
+/* What a kernel does of its half of a round: all, or send without waiting, or wait and take in. */
+enum peers_part { PEERS_SEND = 1, PEERS_TAKE = 2, PEERS_WHOLE = PEERS_SEND | PEERS_TAKE };
+
 /* ---- host ---- */
 
 static inline int64_t peers_pieces(int64_t vectors) {
@@ -177,9 +180,26 @@ static inline int peers_check_pieces(const char *op, int64_t ep, int64_t C, int6
 }
 
 /* Small work is spread thin over the SMs: each has its own way to the links. */
-static inline unsigned peers_blocks(const lina_peers_links *links, int64_t pieces) {
+static inline unsigned peers_blocks(int sms, int64_t pieces) {
   const int64_t blocks = lina_ceil_div(pieces, 4);
-  return (unsigned)(blocks < 1 ? 1 : blocks < links->sms ? blocks : links->sms);
+  return (unsigned)(blocks < 1 ? 1 : blocks < sms ? blocks : sms);
+}
+
+/* Half of a round: `run(blocks, part)` launches its kernel. Which way is this rank's own choice:
+ * the flags are the same. */
+template <class Run>
+static inline int peers_launch(const char *op, const lina_peers_links *links, int64_t pieces,
+                               int64_t bytes, const Run &run) {
+  const unsigned waiting = peers_blocks(links->sms, pieces);
+  if (bytes < PEERS_SPLIT_LEAST) {
+    run(waiting, PEERS_WHOLE);
+    return lina_launched(op);
+  }
+  run(peers_blocks(links->all_sms, pieces), PEERS_SEND);
+  const int rc = lina_launched(op);
+  if (rc != LINA_OK) return rc;
+  run(waiting, PEERS_TAKE);
+  return lina_launched(op);
 }
 
 #endif

@@ -30,16 +30,18 @@
  *
  * Epochs live in device memory and are advanced by the last block of a kernel to
  * have read them, so a captured graph replays. Flags are stored after a system-wide fence by the
- * last block to have sent its rows, and read with acquire. A flag's chunk
- * is 0, but for collect by copy engines (peers_collect_bulk.cuh), which tells ranges of
- * a source's rows apart, so that sums begin while later rows are on their way.
+ * last block to have sent its rows, and read with acquire. A round uses one for each direction
+ * and source, chunk 0's; the other chunks are room for flags of ranges of a source's rows, by
+ * which experts could begin before all have arrived.
  *
  * Blocks first send, then wait: the grid takes at most `sms` SMs, one block to
  * each (3/4 of the GPU's by default), so that spinning never keeps another kernel from
- * the GPU.
+ * the GPU. From 32 MB of rows of its own tokens on, a rank runs either half of a round as two
+ * kernels: one in which all SMs of the GPU send and nobody waits, then one in which `sms` of
+ * them wait and take in. The flags are the same, so each rank chooses for itself.
  * A wait ends after timeout_ns by the global timer, when the host aborts, when another that
- * shares `word` has failed, or when the flag says that its sender failed; then `word` tells the host what was
- * waited for, ids become -1, results NaN, and every later wait fails at once.
+ * shares `word` has failed, or when the flag says that its sender failed; then `word` tells the
+ * host what was waited for, ids become -1, results NaN, and every later wait fails at once.
  *
  * With `priority` dispatch raises that word as it starts, and collect lowers it when all
  * rows have left and arrived, before the sums: gradients give way in between, the
@@ -47,7 +49,7 @@
  *
  * The experts take a round's rows after all of them have arrived. A layer in several passes
  * has a buffer for each, and its rounds follow each other in one order on all ranks
- * (lina/parallel/tokens/round.py). Dispatch uses chunk 0 alone; its flags have room for more.
+ * (lina/parallel/tokens/round.py).
  *
  * Limits: 2 <= ep <= 8, 1 <= C < 2^24, ep*C*K < 2^31, 1 <= K <= 1024,
  * T <= C, E a multiple of ep.
@@ -95,12 +97,12 @@ typedef struct {
   uint32_t epoch[2];                     /* rounds finished, by direction */
   uint32_t sent, begun;                  /* blocks past sending; past reading the epoch */
   uint32_t failed;                       /* lina_peers_failure */
-  uint32_t chunk[LINA_PEERS_CHUNKS];     /* warps past sending each chunk */
-  uint32_t spare[11];
+  uint32_t spare[27];
 } lina_peers_state;
 
 typedef struct {
-  int ep, rank, sms;
+  int ep, rank;
+  int sms, all_sms;                      /* SMs for blocks that wait; the GPU's */
   uint32_t tag;                          /* 0..254: which layer's shapes, agreed */
   uint64_t timeout_ns;
   char *buffer[LINA_PEERS_MAX];          /* as mapped here; [rank] is this rank's own */

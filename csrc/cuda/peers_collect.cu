@@ -1,13 +1,13 @@
 /* peers_collect.cu - rows back to their tokens' ranks, and their sums. Contract: peers.h.
  *
- * Every block first stores its share of y's rows to the peers, then waits for
- * theirs, then sums its share of the tokens: a warp to a piece of a token, the
- * loads of all ranks' rows in flight before the first is added. This rank's own
+ * Every block first stores its share of y's rows to the peers; then it, or a block of
+ * a second kernel, waits for theirs and sums its share of the tokens: a warp to a piece of a
+ * token, the loads of all ranks' rows in flight before the first is added. This rank's own
  * rows do not travel; they are read where they are. Rows by expert are summed
  * over a row's experts on the way, so that this hides behind the stores.
  * Bound by NVLink from about 4 MB on, below that by the round trip of the flags.
  */
-#include "peers_collect_bulk.cuh"
+#include "peers_sums.cuh"
 
 template <class T, int N, bool WEIGH>
 static __device__ __forceinline__ void send_back(const Args &a) {
@@ -50,21 +50,28 @@ static __device__ __forceinline__ void sum_tokens(const Args &a, bool lost) {
 
 template <class T, int N, bool WEIGH, int RANKS, int DEPTH>
 static __global__ void __launch_bounds__(PEERS_THREADS, 1)
-    peers_collect(const __grid_constant__ Args a) {
+    peers_collect(const __grid_constant__ Args a, peers_part part) {
   __shared__ uint32_t received[LINA_PEERS_MAX];
   const int ep = a.links.ep;
   const uint32_t read = peers_read(a.links.state, LINA_PEERS_BACK);
   const int64_t row_bytes = a.D * (int64_t)sizeof(T);
-  send_back<T, N, WEIGH>(a);
+  if (part & PEERS_SEND) send_back<T, N, WEIGH>(a);
   const peers_turn turn = peers_begin(a.links.state, read);
   const uint32_t epoch = turn.epoch;
-  const bool last = peers_all_sent(a.links.state);
-  if (last) peers_announce(a.links, LINA_PEERS_BACK, epoch, NULL, false);
+  bool lowers = blockIdx.x == 0 && threadIdx.x == 0; /* any thread, if all rows left before */
+  if (part & PEERS_SEND) {
+    lowers = peers_all_sent(a.links.state);
+    if (lowers) peers_announce(a.links, LINA_PEERS_BACK, epoch, NULL, false);
+  }
+  if (!(part & PEERS_TAKE)) {
+    peers_again(a.links.state, turn);
+    return;
+  }
   if (threadIdx.x < ep)
     received[threadIdx.x] =
         threadIdx.x == a.links.rank ? 0 : peers_wait(a.links, LINA_PEERS_BACK, threadIdx.x, epoch);
   __syncthreads();
-  if (last) peers_lower(a.links); /* all rows have left, and now all have arrived */
+  if (lowers) peers_lower(a.links); /* all rows have left, and now all have arrived */
   bool lost = *(const volatile uint32_t *)&a.links.state->failed != 0;
   for (int e = 0; e < ep; e++) lost |= received[e] == PEERS_LOST;
   sum_tokens<T, N, WEIGH, RANKS, DEPTH>(a, lost);
@@ -76,15 +83,13 @@ template <class T, int N, bool WEIGH> static int launch(const Args *a, cudaStrea
   const int64_t pieces = peers_pieces(a->D / N);
   int rc = peers_check_pieces("p2p collect", a->links.ep, a->C, PEERS_DEPTH * pieces);
   if (rc != LINA_OK) return rc;
-  const unsigned blocks = peers_blocks(&a->links, a->C * pieces);
-  if constexpr (N == in_16_bytes<T>) /* C, not T: all ranks must agree on the flags */
-    if (bulk_way_of(a->C * a->D * (int64_t)sizeof(T)) == WAY_BULK)
-      return launch_bulk<T, WEIGH>(a, blocks, stream);
-  if (a->links.ep == 2)
-    peers_collect<T, N, WEIGH, 2, PEERS_DEPTH><<<blocks, PEERS_THREADS, 0, stream>>>(*a);
-  else
-    peers_collect<T, N, WEIGH, LINA_PEERS_MAX, 1><<<blocks, PEERS_THREADS, 0, stream>>>(*a);
-  return lina_launched("p2p collect");
+  const auto kernel = a->links.ep == 2 ? peers_collect<T, N, WEIGH, 2, PEERS_DEPTH>
+                                       : peers_collect<T, N, WEIGH, LINA_PEERS_MAX, 1>;
+  /* T, not the rows that leave, which only the device knows */
+  return peers_launch("p2p collect", &a->links, a->C * pieces, a->T * a->D * (int64_t)sizeof(T),
+                      [&](unsigned blocks, peers_part part) {
+                        kernel<<<blocks, PEERS_THREADS, 0, stream>>>(*a, part);
+                      });
 }
 
 template <class T> static int collect(const Args *a, cudaStream_t stream) {

@@ -5,12 +5,12 @@
  * for itself; else a kernel before it does, whose blocks tell each other their
  * counts (each adds up those of all earlier blocks: stable, no atomics).
  * Sending: a warp to a piece of a row, 4 loads of 16 bytes a lane in flight, each
- * piece read once and stored to every rank that wants it. Then all blocks wait for
- * the flags, copy ids and weights out and, for a backward pass, rows.
+ * piece read once and stored to every rank that wants it. Then all blocks, or those of
+ * a second kernel, wait for the flags, copy ids and weights out and, for a backward
+ * pass, rows.
  * Bound by NVLink from about 4 MB on, below that by the round trip of the flags.
  */
 #include "peers.cuh"
-#include "peers_bulk.cuh"
 #include "peers_slots.cuh"
 
 template <class V>
@@ -117,24 +117,24 @@ static __device__ __forceinline__ void await_rows(const Args &a, uint32_t epoch,
   }
 }
 
-template <class V, bool SPLIT>
+template <class V>
 static __global__ void __launch_bounds__(PEERS_THREADS, 1)
-    peers_dispatch(const __grid_constant__ Args a, int pieces, bool count_here) {
+    peers_dispatch(const __grid_constant__ Args a, int pieces, bool count_here, peers_part part) {
   __shared__ SlotCounts counts;
   __shared__ int slots[LINA_PEERS_TILE][LINA_PEERS_MAX];
   __shared__ uint32_t received[LINA_PEERS_MAX];
   const int lane = threadIdx.x % 32, ep = a.links.ep;
   const uint32_t read = peers_read(a.links.state, LINA_PEERS_OUT);
-  peers_raise(a.links, read);
+  if (part & PEERS_SEND) peers_raise(a.links, read);
   const int64_t vectors = a.row_bytes / (int64_t)sizeof(V);
 
   /* the next piece is on its way while this one leaves, the first while slots are counted */
-  const unsigned width = (unsigned)pieces, all = (unsigned)a.T * width;
+  const unsigned width = (unsigned)pieces, all = part & PEERS_SEND ? (unsigned)a.T * width : 0;
   const unsigned step = gridDim.x * PEERS_WARPS;
   unsigned u = blockIdx.x * PEERS_WARPS + threadIdx.x / 32;
   peers_piece<V> next;
   if (u < all) load_piece(a, u, width, vectors, lane, &next);
-  if (count_here) count_slots(a, &counts, slots);
+  if (count_here && part & PEERS_SEND) count_slots(a, &counts, slots);
   const peers_turn turn = peers_begin(a.links.state, read);
   for (; u < all; u += step) {
     const unsigned t = u / width;
@@ -144,105 +144,13 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
     if (u + step < all) load_piece(a, u + step, width, vectors, lane, &next);
     send_piece<V>(a, piece, t, (int)(u - t * width), vectors, my_slot, lane);
   }
-  if (peers_all_sent(a.links.state))
+  if (part & PEERS_SEND && peers_all_sent(a.links.state))
     peers_announce(a.links, LINA_PEERS_OUT, turn.epoch, count_here ? counts.total : a.count, true);
-  if (SPLIT) {
+  if (!(part & PEERS_TAKE)) {
     peers_again(a.links.state, turn);
     return;
   }
   await_rows<V>(a, turn.epoch, pieces, received);
-  peers_end(a.links.state, LINA_PEERS_OUT, turn);
-}
-
-/* The second kernel of WAY_SPLIT. */
-template <class V>
-static __global__ void __launch_bounds__(PEERS_THREADS, 1)
-    peers_receive(const __grid_constant__ Args a, int pieces) {
-  __shared__ uint32_t received[LINA_PEERS_MAX];
-  const uint32_t read = peers_read(a.links.state, LINA_PEERS_OUT);
-  const peers_turn turn = peers_begin(a.links.state, read);
-  await_rows<V>(a, turn.epoch, pieces, received);
-  peers_end(a.links.state, LINA_PEERS_OUT, turn);
-}
-
-/* As peers_dispatch, rows by the copy engine: warps 0 to 3 of a block carry, the others send
- * ids and weights. */
-static __global__ void __launch_bounds__(PEERS_THREADS, 1)
-    peers_dispatch_bulk(const __grid_constant__ Args a, int pieces, bool count_here) {
-  extern __shared__ __align__(128) char rooms[];
-  __shared__ uint64_t barriers[BULK_CARRIERS * BULK_STAGES];
-  __shared__ SlotCounts counts;
-  __shared__ int slots[LINA_PEERS_TILE][LINA_PEERS_MAX];
-  __shared__ uint32_t received[LINA_PEERS_MAX];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ep = a.links.ep, rank = a.links.rank;
-  const uint32_t read = peers_read(a.links.state, LINA_PEERS_OUT);
-  peers_raise(a.links, read);
-  const bulk_cut cut = bulk_cuts(a.row_bytes);
-  const unsigned step = gridDim.x * BULK_CARRIERS;
-  const unsigned all = warp < BULK_CARRIERS ? (unsigned)a.T * cut.pieces : 0;
-  const unsigned first = blockIdx.x * BULK_CARRIERS + warp;
-  bulk_pipe pipe;
-  auto load = [&](unsigned n, unsigned u) {
-    const unsigned t = u / cut.pieces, piece = u - t * cut.pieces;
-    pipe.load(n, (const char *)a.x + t * a.row_bytes + (int64_t)piece * cut.bytes,
-              bulk_size(cut, piece, a.row_bytes));
-  };
-  unsigned loaded = 0; /* pieces so far */
-  if (all && lane == 0) {
-    pipe.begin(rooms, barriers, warp);
-    for (; loaded < BULK_STAGES && first + loaded * step < all; loaded++)
-      load(loaded, first + loaded * step);
-  }
-  if (count_here) count_slots(a, &counts, slots);
-  const peers_turn turn = peers_begin(a.links.state, read);
-
-  auto slot_of = [&](unsigned t) {
-    if (lane >= ep || t >= a.T) return -1;
-    return count_here ? slots[t][lane] : __ldg(a.slot + (int64_t)t * ep + lane);
-  };
-  int next = slot_of(first / cut.pieces);
-  for (unsigned n = 0, u = first; u < all; n++, u += step) {
-    const unsigned t = u / cut.pieces, piece = u - t * cut.pieces;
-    const uint32_t bytes = bulk_size(cut, piece, a.row_bytes);
-    const int my_slot = next;
-    next = slot_of((u + step) / cut.pieces);
-    if (lane == 0) pipe.await(n);
-    for (int i = 0; i < ep; i++) {
-      int d = rank + 1 + i;
-      if (d >= ep) d -= ep;
-      const int slot = __shfl_sync(LINA_FULL, my_slot, d);
-      if (slot < 0) continue;
-      const int64_t row = (int64_t)rank * a.C + slot;
-      char *out = a.links.buffer[d] + a.links.out_at;
-      if (lane == 0)
-        bulk_store((d == rank && a.x_out ? (char *)a.x_out : out) + row * a.row_bytes +
-                       (int64_t)piece * cut.bytes,
-                   pipe.stage(n), bytes);
-    }
-    if (lane == 0) {
-      bulk_commit();
-      if (n >= BULK_LAG && first + loaded * step < all) {
-        bulk_wait_read<BULK_LAG>(); /* piece n - LAG has left its stage, where `loaded` goes */
-        load(loaded, first + loaded * step);
-        loaded++;
-      }
-    }
-  }
-  if (all && lane == 0) bulk_finish();
-  if (warp >= BULK_CARRIERS && a.expert_out)
-    for (unsigned t = blockIdx.x * (PEERS_WARPS - BULK_CARRIERS) + warp - BULK_CARRIERS; t < a.T;
-         t += gridDim.x * (PEERS_WARPS - BULK_CARRIERS)) {
-      const int my_slot = slot_of(t);
-      for (int d = 0; d < ep; d++) {
-        const int slot = __shfl_sync(LINA_FULL, my_slot, d);
-        if (slot >= 0)
-          send_pairs(a, a.links.buffer[d] + a.links.out_at, (int64_t)ep * a.C,
-                     (int64_t)rank * a.C + slot, t, lane);
-      }
-    }
-  if (peers_all_sent(a.links.state))
-    peers_announce(a.links, LINA_PEERS_OUT, turn.epoch, count_here ? counts.total : a.count, true);
-  await_rows<uint4>(a, turn.epoch, pieces, received);
   peers_end(a.links.state, LINA_PEERS_OUT, turn);
 }
 
@@ -251,12 +159,10 @@ static __global__ void peers_poison(const __grid_constant__ lina_peers_links lin
   atomicCAS(&state->failed, 0u, (uint32_t)why);
   peers_lower(links);
   for (int direction = 0; direction < 2; direction++)
-    for (int at = 0; at < links.ep * LINA_PEERS_CHUNKS; at++) {
-      const int d = at / LINA_PEERS_CHUNKS, chunk = at % LINA_PEERS_CHUNKS;
+    for (int d = 0; d < links.ep; d++)
       if (d != links.rank)
-        peers_relaxed(peers_flag(links.buffer[d], direction, links.rank, chunk),
+        peers_relaxed(peers_flag(links.buffer[d], direction, links.rank),
                       peers_signal(state->epoch[direction] + 1, PEERS_POISON, (uint32_t)why));
-    }
 }
 
 template <class V> static int launch(const Args *a, cudaStream_t stream) {
@@ -270,23 +176,12 @@ template <class V> static int launch(const Args *a, cudaStream_t stream) {
     rc = lina_launched("p2p dispatch");
     if (rc != LINA_OK) return rc;
   }
-  /* rows that come may be more than those that go */
-  const unsigned blocks = peers_blocks(&a->links, a->C * pieces);
-  const enum bulk_way way = bulk_way_of(a->T * a->row_bytes);
-  if (sizeof(V) == 16 && way == WAY_BULK) {
-    rc = bulk_allow("p2p dispatch", (const void *)peers_dispatch_bulk);
-    if (rc != LINA_OK) return rc;
-    peers_dispatch_bulk<<<blocks, PEERS_THREADS, BULK_ROOM, stream>>>(*a, (int)pieces, count_here);
-  } else if (way == WAY_SPLIT) {
-    lina_peers_links wide = a->links;
-    wide.sms = bulk_attribute(cudaDevAttrMultiProcessorCount);
-    const unsigned all = peers_blocks(&wide, a->C * pieces);
-    peers_dispatch<V, true><<<all, PEERS_THREADS, 0, stream>>>(*a, (int)pieces, count_here);
-    peers_receive<V><<<blocks, PEERS_THREADS, 0, stream>>>(*a, (int)pieces);
-  } else {
-    peers_dispatch<V, false><<<blocks, PEERS_THREADS, 0, stream>>>(*a, (int)pieces, count_here);
-  }
-  return lina_launched("p2p dispatch");
+  /* rows that come may be more than those that go: C, not T */
+  return peers_launch("p2p dispatch", &a->links, a->C * pieces, a->T * a->row_bytes,
+                      [&](unsigned blocks, peers_part part) {
+                        peers_dispatch<V><<<blocks, PEERS_THREADS, 0, stream>>>(*a, (int)pieces,
+                                                                                count_here, part);
+                      });
 }
 
 extern "C" int lina_peers_dispatch_cuda(const Args *a, void *stream) {

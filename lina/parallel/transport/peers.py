@@ -63,8 +63,8 @@ class Peers:
         tokens: the most tokens any rank will have, or None: those of the first call.
         cap_bytes: limit of this rank's buffer where it grows; the smallest of all ranks' counts.
         timeout_s: how long the device waits for a peer; the group's own timeout by default.
-        sms: how many of the GPU's SMs an exchange may take; by default 3/4 of them, or what reductions over
-            peers' memory leave.
+        sms: how many of the GPU's SMs an exchange may hold while it waits for peers; by default 3/4 of them,
+            or what reductions over peers' memory leave. 32 MB and more are sent by all SMs, without waiting.
         passes: this is one of so many under way at once, beside experts; by default each takes 1/4 of the
             SMs.
         first: that of their first pass. What fails in one then ends the waits of all, within one timeout.
