@@ -27,7 +27,7 @@ OBSERVE = 3                 # of them, before a plan is made
 GRADIENT = 16 * 64**0.5 * torch.finfo(torch.float32).eps / 2
 # Of what the loss has lost in these steps. In float32 Adam moves an element whose gradient is all rounding by
 # up to the rate either way, which changes the loss by that gradient only. In bf16 gradients are off by a
-# quarter in norm (in any design: measured against float32), and updates are rounded to the weights' 8 bits, so
+# quarter in norm (in any design: measured against float32), and updates are rounded to the weights' 8 bits:
 # losses drift apart by some percent; that designs compute the same is shown in float32. Each of N tokens'
 # losses is off by eps besides, which in their mean is eps / sqrt(N).
 LOSS, LOSS_BF16 = 1e-3, 0.1
