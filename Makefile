@@ -93,7 +93,7 @@ $(FUZZ)/%/libtorch_cpu.so: tests/fake_torch.c tests/fake_torch.h
 	$(CC) $(SANITIZE) $(if $(filter old,$*),-DFAKE_OLD) -fPIC -shared -Wl,-soname,libtorch_cpu.so -o $@ $<
 
 $(FUZZ)/fuzz: $(FUZZ)/new/libtorch_cpu.so $(FUZZ)/old/libtorch_cpu.so $(wildcard tests/fuzz_*.[ch]) tests/fake_torch.h $(SOURCES)
-	$(CC) $(SANITIZE) -o $@ tests/fuzz_core.c tests/fuzz_draw.c $(CORE) $< -lm -ldl -lpthread
+	$(CC) $(SANITIZE) -o $@ tests/fuzz_core.c tests/fuzz_draw.c tests/fuzz_tensor.c $(CORE) $< -lm -ldl -lpthread
 
 PLAN := csrc/error.c $(wildcard csrc/plan/*.c)
 $(FUZZ)/plan: $(wildcard tests/fuzz_plan*.[ch]) csrc/error.h $(wildcard csrc/plan/*.h) $(PLAN)

@@ -18,6 +18,11 @@ static const struct {
     {"sort",
      "sort(Tensor expert, int experts) -> (Tensor offset, Tensor row_pair, Tensor pair_row)",
      lina_sort_boxed},
+    {"dispatch_layout",
+     "dispatch_layout(Tensor expert, Tensor said, int experts, int ep, int me, int forward, "
+     "int backward) -> (Tensor token, Tensor row, Tensor token_backward, Tensor row_backward, "
+     "Tensor header)",
+     lina_dispatch_layout_boxed},
     {"experts_fwd",
      "experts_fwd(Tensor x, Tensor offset, Tensor row_pair, Tensor w_up, Tensor? b_up, "
      "Tensor w_down, Tensor? b_down, int k, int activation, bool interleaved, float alpha, "

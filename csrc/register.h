@@ -12,6 +12,7 @@ typedef void lina_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts);
 
 lina_boxed lina_gate_fwd_boxed, lina_gate_bwd_boxed;
 lina_boxed lina_sort_boxed;
+lina_boxed lina_dispatch_layout_boxed;
 lina_boxed lina_experts_fwd_boxed, lina_experts_bwd_boxed;
 lina_boxed lina_combine_fwd_boxed, lina_combine_bwd_boxed;
 

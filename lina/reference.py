@@ -113,6 +113,47 @@ def sort(expert_TK: Tensor, experts: int) -> Rows:
     return Rows(offset, row_pair, torch.where(present, rows, -1).int().view_as(expert_TK))
 
 
+class Dispatch(NamedTuple):
+    """What ``dispatch_layout`` gives: the fields of ``lina.ops.Dispatch``."""
+
+    token_R: Tensor
+    row_TR: Tensor
+    token_back_R: Tensor
+    row_back_TR: Tensor
+    header: Tensor
+
+
+def dispatch_layout(expert_TK: Tensor, said: Tensor, experts: int, ep: int, me: int, forward: int,
+                    backward: int = 0) -> Dispatch:
+    """Contract: ``csrc/ops/dispatch.h``."""
+    (T, K), device = expert_TK.shape, expert_TK.device
+    backward = 0 if backward == forward else backward
+    rank_TK = torch.where((expert_TK >= 0) & (expert_TK < experts), expert_TK // (experts // ep), -1).long()
+    pairs_TR = (rank_TK[:, :, None] == torch.arange(ep, device=device)).sum(1)
+    t_T = torch.arange(T, device=device)
+    tokens, rows, header = [], [], torch.zeros(ep, len(said) + 24, dtype=torch.int64, device=device)
+    header[:, :len(said)] = said.to(device)
+    for degree, columns in zip((forward, backward), header[:, len(said):].split(12, 1), strict=True):
+        chunks, ranges, wanted = max(1, degree - 2), 1 if degree < 3 else 2, T if degree else 0
+        token_R = expert_TK.new_full((wanted * min(K, ep - (me >= 0)),), -1)
+        row_TR, S = expert_TK.new_full((wanted, ep), -1), 0
+        for c in range(chunks if degree else 0):
+            for r in range(ep):
+                found = (pairs_TR[:, r] > 0) & (t_T * chunks // max(T, 1) == c)
+                if r != me:
+                    n = int(found.sum())
+                    token_R[S:S + n] = t_T[found].int()
+                    row_TR[found, r] = torch.arange(S, S + n, device=device, dtype=torch.int32)
+                    columns[r, c], columns[r, 6 + c], S = n, pairs_TR[found, r].sum(), S + n
+        if me >= 0 and degree:
+            row_TR[:, me] = torch.where(pairs_TR[:, me] > 0, S + t_T, -1).int()
+            for i in range(ranges):
+                columns[me, 6 + i] = pairs_TR[t_T * ranges // max(T, 1) == i, me].sum()
+        tokens.append(token_R)
+        rows.append(row_TR)
+    return Dispatch(tokens[0], rows[0], tokens[1], rows[1], header)
+
+
 def activate(h: Tensor, activation: str, *, interleaved: bool = False,
              alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     """Contract: ``csrc/ops/experts.h``."""

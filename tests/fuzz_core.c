@@ -86,7 +86,7 @@ int main(int argc, char **argv) {
   }
   printf("fuzz: %lld calls, seed %llu\n", (long long)calls, (unsigned long long)seed);
   for (int i = 0; i < count; i++) {
-    printf("  %-12.*s %7lld calls, %7lld taken, %7lld refused\n", (int)strcspn(ops[i].schema, "("),
+    printf("  %-15.*s %7lld calls, %7lld taken, %7lld refused\n", (int)strcspn(ops[i].schema, "("),
            ops[i].schema, (long long)total[i], (long long)taken[i],
            (long long)(total[i] - taken[i]));
     /* A third of the calls are valid: too few taken means that lina refuses them. */

@@ -40,6 +40,8 @@ def layer(T: int, E: int, K: int, D: int, F: int, dtype: torch.dtype, activation
         x_TD, routing.weight_TK, routing.expert_TK, w_up, w_down, activation=activation, **biases
     )
     rows = ops.sort(routing.expert_TK, E)
+    for ep, me in ((E, E // 2), (1, -1)):
+        ops.dispatch_layout(routing.expert_TK, torch.arange(8), E, ep, me, 8, 3)
     y_ND = ops.experts(x_TD, rows, w_up, w_down, activation=activation)
     (out_TD.float().sum() + ops.combine(y_ND, rows, routing.weight_TK).float().sum()).backward()
     torch.cuda.synchronize()

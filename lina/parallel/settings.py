@@ -9,8 +9,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lina import ops
+
 TRANSPORTS = ("auto", "c10d", "nccl", "p2p")
-MAX_DEGREE = 8
+MAX_DEGREE = ops.MAX_DEGREE
 DEFAULT_DEGREE = (3, 3)          # of schedule "lina"
 UNIT = 256        # bytes of which every cut of gradients is a multiple: whole elements, whole cache lines
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lina import ops, tracing
 from lina.parallel.plan.observe import saw_rows
-from lina.parallel.tokens.header import FIRST, check, facts, header
+from lina.parallel.tokens.header import FIRST, check, facts, said
 from lina.parallel.transport.base import Transport, failure, gate
 
 
@@ -35,8 +35,7 @@ class Route:
     sent: list[int]                # rows to each rank of the group
     received: list[int]            # rows from each
     token_S: Tensor                # i32: the token of each sent row
-    row_TK: Tensor                 # i64: the sent row that carries pair (t, k); -1 if none
-    rows: Any                      # ops.Rows over (token, rank)
+    row_TR: Tensor                 # i32: the sent row of each token for each rank; -1 if none
     carrier: Transport | None = None   # what the bytes travel by; None: torch.distributed
 
 
@@ -131,17 +130,10 @@ def _check(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int, ep:
 
 
 @torch.no_grad()
-def _plan(expert_TK: Tensor, experts: int, said: tuple[int, ...], group: dist.ProcessGroup) -> Route:
-    """Who sends what to whom; ``said``: what all ranks must agree on (header.py)."""
-    ep, T, device = group.size(), expert_TK.shape[0], expert_TK.device
-    local = experts // ep
-    present_TK = (expert_TK >= 0) & (expert_TK < experts)
-    rank_TK = torch.where(present_TK, expert_TK // local, ep).long()
-    hit_TR = torch.zeros(T, ep + 1, dtype=torch.bool, device=device).scatter_(1, rank_TK, True)[:, :ep]
-    ranks_R = torch.arange(ep, dtype=torch.int32, device=device)
-    rows = ops.sort(torch.where(hit_TR, ranks_R, -1), ep)
-
-    mine = header(said, rows.offset_E1.diff().long()[:, None])
+def _plan(expert_TK: Tensor, experts: int, numbers: tuple[int, ...], group: dist.ProcessGroup) -> Route:
+    """Who sends what to whom; ``numbers``: what all ranks must agree on (header.py)."""
+    found = ops.dispatch_layout(expert_TK, said(numbers), experts, group.size(), -1, 1)
+    mine = found.header
     theirs = torch.empty_like(mine)
     with tracing.span("a2a", "dispatch counts", bytes=mine.nbytes):
         _all_to_all("dispatch", theirs, mine, None, None, group)
@@ -149,9 +141,7 @@ def _plan(expert_TK: Tensor, experts: int, said: tuple[int, ...], group: dist.Pr
     check(lines)
     received, sent = ([line[FIRST + i] for line in lines] for i in range(2))
     saw_rows(sent, received, group.rank())
-    row_TK = rows.pair_row_TK.long().gather(1, rank_TK.clamp(max=ep - 1))
-    rows = rows._replace(row_pair_N=rows.row_pair_N[:sum(sent)])      # as many as there are rows
-    return Route(group, sent, received, rows.row_pair_N // ep, torch.where(present_TK, row_TK, -1), rows)
+    return Route(group, sent, received, found.token_R[:sum(sent)], found.row_TR)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -159,7 +149,8 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: int,
                 route: Route) -> tuple[Tensor, Tensor, Tensor]:
         ctx.route, ctx.dtypes = route, (x_TD.dtype, weight_TK.dtype)
-        ctx.widths = (x_TD.shape[1], weight_TK.shape[1])
+        ctx.widths, ctx.experts = (x_TD.shape[1], weight_TK.shape[1]), experts
+        ctx.save_for_backward(expert_TK)
         packed_TB = pack(x_TD, weight_TK, expert_TK)
         packed_RB = _exchange("dispatch", packed_TB.index_select(0, route.token_S), route, out=True)
         x_RD, weight_RK, expert_RK = unpack(packed_RB, (*ctx.widths, expert_TK.shape[1]),
@@ -177,25 +168,33 @@ class _Dispatch(torch.autograd.Function):
         route = ctx.route
         packed_SB = _exchange("dispatch backward", pack(dx_RD, dweight_RK), route, out=False)
         dx_SD, dweight_SK = unpack(packed_SB, ctx.widths, ctx.dtypes)
-        dx_TD = ops.combine(dx_SD, route.rows)
-        if not dweight_SK.shape[0]:
-            return dx_TD, dweight_SK.new_zeros(route.row_TK.shape), None, None, None
-        # the rank that owns an expert computed its weight's gradient; elsewhere it is 0
-        dweight_TK = dweight_SK[route.row_TK.clamp(min=0), torch.arange(ctx.widths[1], device=dx_TD.device)]
-        return dx_TD, dweight_TK.masked_fill(route.row_TK < 0, 0), None, None, None
+        dx_TD = torch.ops.lina.combine_fwd(dx_SD, None, route.row_TR)
+        return dx_TD, router_gradient(dweight_SK, saved[0], route.row_TR, ctx.experts), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, route: Route) -> Tensor:
         ctx.route = route
-        return ops.combine(_exchange("collect", y_RD, route, out=False), route.rows)
+        return torch.ops.lina.combine_fwd(_exchange("collect", y_RD, route, out=False), None, route.row_TR)
 
     @staticmethod
     @ops.once
     def backward(ctx: Any, saved: Any, dout_TD: Tensor) -> tuple[Tensor, None]:
         dout_SD = dout_TD.index_select(0, ctx.route.token_S)
         return _exchange("collect backward", dout_SD, ctx.route, out=True), None
+
+
+def router_gradient(dweight_SK: Tensor, expert_TK: Tensor, row_TR: Tensor, experts: int) -> Tensor:
+    """[T, K]: each pair's from the row of the rank that holds its expert, where it was computed; 0 for
+    absent pairs."""
+    if not len(dweight_SK):
+        return dweight_SK.new_zeros(expert_TK.shape)
+    ep = row_TR.shape[1]
+    present_TK = (expert_TK >= 0) & (expert_TK < experts)
+    rank_TK = torch.div(expert_TK, experts // ep, rounding_mode="floor").clamp(0, ep - 1).long()
+    row_TK = row_TR.gather(1, rank_TK).clamp(min=0).long()
+    return dweight_SK.gather(0, row_TK).masked_fill_(~present_TK, 0)
 
 
 def _exchange(name: str, rows: Tensor, route: Route, *, out: bool) -> Tensor:
@@ -238,5 +237,6 @@ def pack(*parts: Tensor) -> Tensor:
 def unpack(packed: Tensor, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
     """The parts of ``pack``, each in memory of its own (a slice may not be aligned)."""
     columns = [w * dtype.itemsize // packed.element_size() for w, dtype in zip(widths, dtypes, strict=True)]
-    return [part.clone(memory_format=torch.contiguous_format).view(-1).view(dtype).view(packed.shape[0], w)
+    return [part.clone(memory_format=torch.contiguous_format).view(dtype) if w else
+            packed.new_empty(len(packed), 0, dtype=dtype)
             for part, w, dtype in zip(packed.split(columns, 1), widths, dtypes, strict=True)]

@@ -2,7 +2,7 @@
 run the layer, so that ranks that run it differently learn that, instead of waiting for each other.
 
 A row for each rank of the group, int64: the facts that all must have in common, as AGREED; then rows and
-pairs by chunk, forward and backward (layout.Tables). A layer in one pass uses the first column alone.
+pairs by chunk, forward and backward (ops.dispatch_layout).
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from lina import ops
-from lina.parallel.tokens.layout import COLUMNS
 
 # Degrees first: ranks that differ there may mean other things by the rest.
 AGREED = ("degree forward", "degree backward", "D", "K", "number of experts", "dtype of x", "dtype of weight",
           "need of gradients")
 FIRST = len(AGREED)
-WIDTH = FIRST + 2 * COLUMNS
 
 
 def facts(degree: tuple[int, int], x_TD: Tensor, weight_TK: Tensor, experts: int,
@@ -31,16 +29,9 @@ def facts(degree: tuple[int, int], x_TD: Tensor, weight_TK: Tensor, experts: int
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept: copying numbers to a GPU would wait for all that it has been given."""
-    return torch.tensor(numbers, device=device)
-
-
-def header(said: tuple[int, ...], *columns_RC: Tensor) -> Tensor:
-    """[ep, WIDTH]: ``said`` to every rank, and what each is to know of its own."""
-    ep = columns_RC[0].shape[0]
-    known = torch.cat([_on_device(said, columns_RC[0].device).expand(ep, -1), *columns_RC], 1)
-    return torch.nn.functional.pad(known, (0, WIDTH - known.shape[1]))
+def said(numbers: tuple[int, ...]) -> Tensor:
+    """``numbers`` as ops.dispatch_layout takes them; kept from call to call."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def check(theirs: list[list[int]]) -> None:

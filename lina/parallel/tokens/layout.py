@@ -21,10 +21,6 @@ import torch
 from torch import Tensor
 
 from lina import ops
-from lina.parallel.settings import MAX_DEGREE
-
-CHUNKS = MAX_DEGREE - 2                # the most there are; columns that always travel
-COLUMNS = 2 * CHUNKS                   # of one direction: rows, then pairs
 
 
 class Part(NamedTuple):
@@ -93,54 +89,21 @@ class Layout:
         return torch.cat(blocks)
 
 
-class Tables(NamedTuple):
-    """What is known of one direction before ranks have exchanged counts; on the layer's device."""
-
-    degree: int
-    rows: ops.Rows                     # of pairs (token, rank)
-    own_T: Tensor                      # this rank has an expert of the token
-    columns_RC: Tensor                 # i64 [ep, COLUMNS]: rows and pairs for each rank by chunk; in this
-    #                                    rank's own line pairs by range of own tokens
-
-
-def tables(rank_TK: Tensor, ep: int, me: int, degree: int) -> Tables:
-    """``rank_TK`` (i32): the rank that holds each pair's expert, ep for absent pairs."""
-    T, device = rank_TK.shape[0], rank_TK.device
-    chunks, ranges = max(1, degree - 2), 1 if degree < 3 else 2
-    t_T = torch.arange(T, dtype=torch.int32, device=device)
-    chunk_T, range_T = (torch.div(t_T * n, max(T, 1), rounding_mode="floor") if n > 1 else
-                        torch.zeros_like(t_T) for n in (chunks, ranges))
-    hit_TR = torch.zeros(T, ep + 1, dtype=torch.bool, device=device).scatter_(1, rank_TK.long(), True)
-    own_T = hit_TR[:, me].clone()
-    hit_TR[:, me] = False
-    ranks_R = torch.arange(ep, dtype=torch.int32, device=device)
-    rows = ops.sort(torch.where(hit_TR[:, :ep], chunk_T[:, None] * ep + ranks_R, -1), chunks * ep)
-    place_TK = torch.where(rank_TK == me, range_T[:, None], chunk_T[:, None]) * ep + rank_TK
-    most = max(chunks, ranges)
-    pairs = ops.sort(torch.where(rank_TK == ep, -1, place_TK), most * ep)
-    columns_RC = torch.zeros(ep, COLUMNS, dtype=torch.int64, device=device)
-    columns_RC[:, :chunks] = rows.offset_E1.diff().view(chunks, ep).T
-    columns_RC[:, CHUNKS:CHUNKS + most] = pairs.offset_E1.diff().view(most, ep).T
-    return Tables(degree, rows, own_T, columns_RC)
-
-
-def layout(found: Tables, mine: list[list[int]], theirs: list[list[int]], me: int) -> Layout:
-    """From the columns (of every rank) that were sent and that arrived."""
-    ep, T = len(mine), found.own_T.shape[0]
-    order, chunks = parts(found.degree), max(1, found.degree - 2)
+def layout(degree: int, token_R: Tensor, row_TR: Tensor, mine: list[list[int]], theirs: list[list[int]],
+           me: int) -> Layout:
+    """From one direction's tables (ops.dispatch_layout) and the columns, of every rank, that were sent and
+    that arrived."""
+    T, ep = row_TR.shape
+    order, chunks = parts(degree), max(1, degree - 2)
     sent = [[line[c] for line in mine] for c in range(chunks)]
     received = [[line[c] for line in theirs] for c in range(chunks)]
-    S = sum(map(sum, sent))
     pairs = []
     for part in order:
-        n = mine[me][CHUNKS + part.own[0]] if part.own else 0
+        n = mine[me][ops.CHUNKS + part.own[0]] if part.own else 0
         if part.chunk:
-            n += sum(theirs[r][CHUNKS + part.chunk[0]] for r in range(ep) if r != me)
+            n += sum(theirs[r][ops.CHUNKS + part.chunk[0]] for r in range(ep) if r != me)
         pairs.append(n)
-    row_TR = found.rows.pair_row_TK
-    own_T = torch.arange(S, S + T, dtype=torch.int32, device=row_TR.device)
-    row_TR[:, me] = torch.where(found.own_T, own_T, -1)
-    return Layout(order, me, T, found.rows.row_pair_N[:S] // ep, row_TR, sent, received, pairs)
+    return Layout(order, me, T, token_R[:sum(map(sum, sent))], row_TR, sent, received, pairs)
 
 
 def found_in(forward: Layout, backward: Layout) -> list[Tensor]:

@@ -69,8 +69,5 @@ def _route(expert_CK: Tensor, experts: int, carrier: Transport) -> Route:
     present_CK = (expert_CK >= 0) & (expert_CK < experts)
     rank_CK = torch.where(present_CK, expert_CK // (experts // ep), -1)
     hit_CR = (rank_CK[:, :, None] == ranks_R).any(1)
-    row_CR = ranks_R * C + tokens_C[:, None]
-    pair_N = (tokens_C * ep + ranks_R[:, None]).flatten()         # of the row at r * C + t
-    row_CK = torch.where(present_CK, rank_CK * C + tokens_C[:, None], -1)
-    rows = ops.Rows(ranks_R.new_empty(0), pair_N, torch.where(hit_CR, row_CR, -1))
-    return Route(carrier.group, [C] * ep, [C] * ep, tokens_C.repeat(ep), row_CK.long(), rows, carrier)
+    row_CR = torch.where(hit_CR, ranks_R * C + tokens_C[:, None], -1)
+    return Route(carrier.group, [C] * ep, [C] * ep, tokens_C.repeat(ep), row_CR, carrier)

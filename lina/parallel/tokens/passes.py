@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lina import tracing
+from lina import ops, tracing
 from lina.parallel.plan.observe import saw_rows
 from lina.parallel.tokens.dispatch import raw
-from lina.parallel.tokens.header import FIRST, check, header
-from lina.parallel.tokens.layout import CHUNKS, COLUMNS, Layout, layout, tables
+from lina.parallel.tokens.header import FIRST, check, said
+from lina.parallel.tokens.layout import Layout, layout
 from lina.parallel.transport.base import Pending, Transport
 
 
@@ -26,7 +26,7 @@ class Job(NamedTuple):
     @property
     def ranks(self) -> tuple[int, int]:
         """This rank of the group, and their number."""
-        return self.transport.group.rank(), self.transport.group.size()
+        return self.transport.rank, self.transport.size
 
 
 @torch.no_grad()
@@ -34,25 +34,24 @@ def plan(expert_TK: Tensor, facts: tuple[int, ...], job: Job, save: bool) -> Cal
     """The layouts forward and, to ``save``, backward; the function returned waits for the counts.
     ``facts``: what all ranks must agree on (header.py)."""
     me, ep = job.ranks
-    rank_TK = torch.div(expert_TK, job.experts // ep, rounding_mode="floor").int()
-    rank_TK.masked_fill_((expert_TK < 0) | (expert_TK >= job.experts), ep)
-    found = [tables(rank_TK, ep, me, job.degree[0])]
-    if save:
-        same = job.degree[0] == job.degree[1]
-        found += found if same else [tables(rank_TK, ep, me, job.degree[1])]
-    read = job.transport.counts("dispatch counts", header(facts, *(f.columns_RC for f in found)))
+    forward, backward = job.degree
+    found = ops.dispatch_layout(expert_TK, said(facts), job.experts, ep, me, forward, backward if save else 0)
+    read = job.transport.counts("dispatch counts", found.header)
 
     def known() -> list[Layout]:
         mine, theirs = read().tolist()
         check(theirs)
-        made: list[Layout] = []
-        for i, table in enumerate(found):
-            if i and table is found[0]:
-                made.append(made[0])
-                continue
-            own = slice(FIRST + i * COLUMNS, FIRST + (i + 1) * COLUMNS)
-            made.append(layout(table, [m[own] for m in mine], [t[own] for t in theirs], me))
-        first = slice(FIRST + CHUNKS, FIRST + COLUMNS)
+
+        def direction(i: int, token_R: Tensor, row_TR: Tensor) -> Layout:
+            own = slice(FIRST + i * ops.COLUMNS, FIRST + (i + 1) * ops.COLUMNS)
+            here, there = ([line[own] for line in lines] for lines in (mine, theirs))
+            return layout(job.degree[i], token_R, row_TR, here, there, me)
+
+        made = [direction(0, found.token_R, found.row_TR)]
+        if save:
+            made.append(made[0] if backward == forward else
+                        direction(1, found.token_back_R, found.row_back_TR))
+        first = slice(FIRST + ops.CHUNKS, FIRST + ops.COLUMNS)
         pairs = sum(mine[me][first]), sum(sum(theirs[r][first]) for r in range(ep) if r != me)
         sent, received = ([sum(n) for n in zip(*chunks, strict=True)]
                           for chunks in (made[0].sent, made[0].received))

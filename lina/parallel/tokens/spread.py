@@ -31,7 +31,7 @@ from lina.parallel.mesh import groups, local_count
 from lina.parallel.plan.observe import saw_layer
 from lina.parallel.settings import chosen, settings
 from lina.parallel.tokens import p2p, padded
-from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
+from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, router_gradient, unpack
 from lina.parallel.tokens.header import facts
 from lina.parallel.tokens.layout import Layout, found_in
 from lina.parallel.tokens.passes import Job, plan, run
@@ -96,9 +96,6 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
         trained = any(t is not None and t.requires_grad for t in weights)
         x_RD, weight_RK, expert_RK, route = dispatch(x_TD, weight_TK, expert_TK, experts, ep, trained=trained)
         return collect(ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options), route)
-    if max(max(degree) - 2, 2) * ep.size() > ops.MAX_EXPERTS:
-        raise ValueError(f"moe: degree {degree} over {ep.size()} ranks, (degree - 2) * ranks is at most "
-                         f"{ops.MAX_EXPERTS}")
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad
              for t in (x_TD, weight_TK, *weights)]
     job = Job(transport(mesh), experts, degree, raw_options, needs)
@@ -110,7 +107,7 @@ class _Pass(NamedTuple):
 
     x: Tensor
     weight: Tensor
-    expert: Tensor | None          # i32, ids in [0, L) or -1; kept where backward sorts anew
+    expert: Tensor | None          # i32, others than [0, L) are absent; kept where backward sorts anew
     offset: Tensor
     row_pair: Tensor
     pair_row: Tensor
@@ -138,8 +135,6 @@ def _forward(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: list[T
     w_up, b_up, w_down, b_down = weights
     assert w_up is not None
     x_TD, weight_TK = x_TD.contiguous(), weight_TK.contiguous()
-    here_TK = expert_TK - me * local
-    here_TK.masked_fill_((here_TK < 0) | (here_TK >= local), -1)
     needs = job.needs[0], job.needs[1], any(job.needs[2:])
     passes: list[_Pass] = []
     with ahead(job.transport):
@@ -151,13 +146,12 @@ def _forward(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: list[T
 
         def compute(i: int, got: Tensor | None) -> Tensor | None:
             own, n = lay.own(lay.parts[i]), lay.pairs[i]
-            x, weight, expert = x_TD[own], weight_TK[own], here_TK[own]
+            x, weight, expert = x_TD[own], weight_TK[own], expert_TK[own]
             if got is not None:
                 x_R, weight_R, expert_R = unpack(got, (D, K, K), (x.dtype, weight.dtype, torch.int32))
-                expert_R -= me * local
-                expert_R.masked_fill_((expert_R < 0) | (expert_R >= local), -1)
                 x, weight, expert = (_joined(*both) for both in
                                      ((x, x_R), (weight, weight_R), (expert, expert_R)))
+            expert = expert - me * local                     # to sort, ids outside [0, local) are absent
             rows = ops.sort(expert, local)
             y_ND, h_NU = torch.ops.lina.experts_fwd(
                 x, rows.offset_E1, rows.row_pair_N[:n], w_up, b_up, w_down, b_down, K, *job.options, save)
@@ -236,21 +230,9 @@ def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pas
                 whole[:S] = part
     found: list[Tensor | None] = [None, None]
     for (i, _), whole in zip(returned, rows, strict=True):
-        found[i] = torch.ops.lina.combine_fwd(whole, None, lay.row_TR) if i == 0 else _router_gradient(
-            whole, expert_TK, lay, job)
+        found[i] = torch.ops.lina.combine_fwd(whole, None, lay.row_TR) if i == 0 else router_gradient(
+            whole, expert_TK, lay.row_TR, job.experts)
     return [*found, *total]
-
-
-def _router_gradient(dweight_SK: Tensor, expert_TK: Tensor, lay: Layout, job: Job) -> Tensor:
-    """[T, K]: each pair's from the rank that holds its expert; 0 for absent pairs."""
-    if not len(dweight_SK):
-        return dweight_SK
-    ep = job.ranks[1]
-    present_TK = (expert_TK >= 0) & (expert_TK < job.experts)
-    rank_TK = torch.div(expert_TK, job.experts // ep, rounding_mode="floor").clamp(0, ep - 1).long()
-    row_TK = lay.row_TR.long().gather(1, rank_TK).clamp(min=0)
-    dweight_TK = dweight_SK[row_TK, torch.arange(dweight_SK.shape[1], device=dweight_SK.device)]
-    return dweight_TK.masked_fill(~present_TK, 0)
 
 
 def _regrouped(forward: Layout, backward: Layout, passes: list[_Pass], job: Job) -> list[_Pass]:

@@ -42,6 +42,7 @@ class Transport(ABC):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.rank, self.size = group.rank(), group.size()
 
     @abstractmethod
     def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:

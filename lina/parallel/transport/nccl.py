@@ -80,24 +80,26 @@ class NCCL(Transport):
         self.stream = stream(self.device, "a2a")
         self.comm = communicator("a2a", group, self.device)
         self._raised = 0                    # open imminent()s
-        size = group.size()                 # connections are made by the first exchange
-        spare = torch.zeros(2, size, dtype=torch.uint8, device=self.device)
-        self.start("first exchange", spare[0], spare[1], [1] * size, [1] * size).wait()
+        spare = torch.zeros(2, self.size, dtype=torch.uint8, device=self.device)
+        ones = [1] * self.size              # connections are made by the first exchange
+        self.start("first exchange", spare[0], spare[1], ones, ones).wait()
         self.stream.synchronize()
 
     def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:
-        both = torch.empty(2, *mine.shape, dtype=mine.dtype, device=self.device)
-        both[0] = mine
-        row = mine.shape[1] * mine.element_size()
-        host = torch.empty(both.shape, dtype=mine.dtype, pin_memory=True)
+        mine = mine.contiguous()
+        theirs = torch.empty_like(mine)
+        host = torch.empty(2, *mine.shape, dtype=mine.dtype, pin_memory=True)
+        row = [mine.shape[1] * mine.element_size()] * self.size
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             token = tracing.begin("a2a", label, self.device, bytes=mine.nbytes)
-            self._run(label, both[0], [row] * self.group.size(), both[1], [row] * self.group.size())
+            self._run(label, mine, row, theirs, row)
             tracing.end(token)
-            host.copy_(both, non_blocking=True)
+            for at, half in zip(host, (mine, theirs), strict=True):
+                at.copy_(half, non_blocking=True)
         done = self.stream.record_event()
-        both.record_stream(self.stream)      # nobody may read it, after an error elsewhere
+        for tensor in (mine, theirs):
+            tensor.record_stream(self.stream)    # nobody may read it, after an error elsewhere
 
         def read() -> Tensor:
             with tracing.span("a2a", f"{label}: wait", device=self.device):
@@ -110,10 +112,13 @@ class NCCL(Transport):
     def start(self, label: str, out: Tensor, inp: Tensor, out_splits: list[int],
               in_splits: list[int]) -> _Pending:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            token = tracing.begin("a2a", label, self.device, bytes=inp.numel())
+        if tracing.active():                 # its marks go to the current stream
+            with torch.cuda.stream(self.stream):
+                token = tracing.begin("a2a", label, self.device, bytes=inp.numel())
+                self._run(label, inp, in_splits, out, out_splits)
+                tracing.end(token)
+        else:
             self._run(label, inp, in_splits, out, out_splits)
-            tracing.end(token)
         # Nothing else keeps their memory from reuse: holding the tensors until wait() would not do where
         # nobody waits, after an error elsewhere, nor where another stream waits than theirs, which would
         # then reuse them while bytes travel.
