@@ -1,7 +1,8 @@
 """The step that lina.simulate predicts for a model of models.py, from what this machine's parts cost.
 
-Links and passes over experts are the lines of `lina profile` (the saved ones, if they hold this model's
-experts, else measured now). The dense part and the optimizer are timed here, each alone.
+Links, passes over experts and what a layer takes around both are the lines of `lina profile` (the saved
+ones, if they hold this model's experts, else measured now). The dense part and the optimizer are timed
+here, each alone.
 """
 
 from __future__ import annotations
@@ -98,13 +99,19 @@ def step_s(model: GPT, p: Preset, mesh: DeviceMesh, cost: CostModel, dense: Dens
     passes = cost.expert_pass(shape_of(p, mesh, weight.dtype))
     rows, wide = tokens * p.top_k, p.dim * weight.element_size()
     sent = tokens * published.copies(p.experts, p.top_k, ep)
+    plain = name == "plain"
+    degrees = (1, 1) if plain else degree
+    around = (0.0, 0.0)
+    if transport in cost.layers and ep > 1:
+        forward, backward = cost.layers[transport]
+        around = forward.rest(tokens * wide, degrees[0]), backward.rest(tokens * wide, degrees[1])
     experts = simulate.Experts(
         pass_s=((passes.forward.alpha_s, passes.forward.beta_s),
                 (passes.backward.alpha_s, passes.backward.beta_s)),
         own_rows=rows / ep, remote_rows=rows - rows / ep,
         dispatch_bytes=(sent * (wide + 8 * p.top_k), sent * wide),
         return_bytes=(sent * wide, sent * (wide + 4 * p.top_k)),
-        grad_bytes=sum(q.nbytes for q in model.blocks[0].moe.experts.parameters()))
+        grad_bytes=sum(q.nbytes for q in model.blocks[0].moe.experts.parameters()), gate_s=around)
     seconds = dense.body[0] / p.layers, dense.body[1] / p.layers
     first = (model.embed.weight.nbytes, *([] if model.place is None else [model.place.nbytes]))
     layers = [simulate.Layer("embedding", (0.0, 0.0), first)]
@@ -113,7 +120,6 @@ def step_s(model: GPT, p: Preset, mesh: DeviceMesh, cost: CostModel, dense: Dens
     layers.append(simulate.Layer("head", dense.head, (*_nbytes(model.norm), *_nbytes(model.unembed))))
     near, across = (a2a.alpha_s, a2a.beta_s), (reduce.alpha_s, reduce.beta_s)
     links = simulate.Links(world, (near, near), (across, across), share=1 / 2.17)
-    plain = name == "plain"
     return simulate.step(layers, world, ep, links, "plain" if plain else "lina", unit=256,
-                         degrees=(1, 1) if plain else degree, micro_op_s=0.5e-3, experts_last=True,
+                         degrees=degrees, micro_op_s=0.5e-3, experts_last=True,
                          optimizer_s=optimizer_s).step_s

@@ -15,9 +15,10 @@ from torch import nn
 
 import lina
 from lina import parallel
-from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, machine_facts
+from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, auto, machine_facts
 
-OBSERVE, STEPS = 4, 8
+OBSERVE = 4
+STEPS = 2 * OBSERVE + 2         # the plan's first step, which nobody times, and one with the decision made
 TOKENS = 24
 # Seconds a byte or a pair that make all that a tiny layer does seconds, so that what is predicted for
 # it does not hang on what this machine needs for its steps.
@@ -32,6 +33,8 @@ KINDS = {   # all-to-all, allreduce, expert pass; then what must be found: degre
     # gradients that double the all-to-alls beside them, which experts could hide; in one pass, as given
     "gentle": (SLOW, SLOW, Line(0.0, 0.01, 1.0), (1, 1), "lina"),
 }
+# Made-up costs choose what is slower here: only the scenario that is about it lets plans be left for that.
+auto.SLOWER = float("inf")
 GIVEN: dict[str, dict] = {"gentle": dict(degree=(1, 1), bucket_cap_mb=0.00025)}      # of 262 bytes
 
 
@@ -104,6 +107,10 @@ def chosen(device, kind: str) -> None:
     assert plan.transport == parallel.settings(mesh).transport == "c10d"
     assert plan.schedule == schedule, f"{plan}"
     assert (wrapped.expert_reducer.queue is not None) == (schedule == "lina")
+    same = (schedule, degree) == ("plain", (1, 1))
+    assert plan.measured_s > 0 and plan.left == "", f"{plan}"
+    assert same == (plan.measured_s == plan.load.step_s), f"{plan}"
+    assert f"ms  {plan.chosen.label}" in str(plan).split("measured")[1], f"{plan}"
     if schedule == "lina":
         policy = wrapped.expert_reducer.queue(device)._state.policy
         assert policy.size == plan.micro_op_bytes and policy.started > 0 and policy.pending == 0
@@ -134,6 +141,42 @@ def traffic(plan, step, world: int) -> None:
         assert layer.rows == rows.item()
         assert 0 < layer.own_pairs + layer.remote_pairs <= 3 * world * most
     assert load.step_s >= load.forward_s > 0 and load.backward_s > 0 and load.outside_s > 0
+
+
+def left(device, kind: str) -> None:
+    """A plan whose steps take longer than the plain ones is given up by all ranks; training goes on as it
+    would have. A degree that was given stays."""
+    save(kind)
+    world = dist.get_world_size()
+    plain, mesh = build(device, lina.mesh(ep=world)), lina.mesh(ep=world)
+    want = train(*plain, STEPS + 2)
+    given = GIVEN.get(kind, {})
+    with mock.patch.object(auto, "SLOWER", -1.0):          # than which nothing is faster
+        wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE, **given)
+        got = train(wrapped, net, optimizer, 2 * OBSERVE + 1)
+        chosen, gently = wrapped.plan, wrapped.gently
+        degree, schedule = KINDS[kind][3:]
+        assert (chosen.degree, chosen.schedule, chosen.measured_s) == (degree, schedule, None), f"{chosen}"
+        assert parallel.settings(mesh).degree == degree and (gently is not None) == (schedule == "lina")
+        got += train(wrapped, net, optimizer, 3, first=2 * OBSERVE + 1)
+    plan = wrapped.plan
+    assert wrapped._auto is None and len(set(everyone(repr(plan)))) == 1
+    assert (plan.transport, plan.schedule, plan.degree, plan.micro_op_bytes) == ("c10d", "plain", (1, 1), 0)
+    assert plan.left == chosen.chosen.label and plan.left in plan.predicted
+    assert plan.chosen.label == "c10d plain 1/1, ep 2" and plan.trials == chosen.trials
+    text = f"{plan.left} took {1e3 * plan.measured_s:.2f} ms, the steps before {1e3 * plan.load.step_s:.2f}"
+    assert plan.reasons[-1] == f"{text}: back to plain, 1/1 passes over c10d", plan.reasons[-1]
+    now = parallel.settings(mesh)
+    assert now.degree == (1, 1) and now.transport == "auto", "as before, and not what it stands for"
+    assert wrapped.gently is None and wrapped.expert_reducer.queue is None
+    if gently is not None:                     # its thread has ended
+        assert not gently.queue(device)._thread.is_alive()
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_same(a, b, f"{kind}: loss {i}")
+    kept = build(device, lina.mesh(ep=world), schedule="auto", observe=1, degree=(3, 3))
+    with mock.patch.object(auto, "SLOWER", -1.0):
+        train(*kept, 4)
+    assert kept[0].plan.degree == (3, 3) and kept[0].plan.measured_s > 0, f"{kept[0].plan}"
 
 
 def counted(device) -> None:
@@ -170,8 +213,10 @@ def moved(device) -> None:
     for regroup in (False, True):
         wrapped, net, optimizer = build(device, lina.mesh(ep=world), schedule="auto", observe=OBSERVE,
                                         regroup=regroup)
-        got = train(wrapped, net, optimizer, STEPS)
+        with mock.patch.object(auto, "SLOWER", -1.0 if regroup else auto.SLOWER):
+            got = train(wrapped, net, optimizer, STEPS)
         plan = wrapped.plan
+        assert plan.left == "" and plan.measured_s > 0, "what has moved stays"
         assert plan.packed_ep == 1 and {row["ep"] for row in plan.packing} == {1, world}
         assert plan.ep == (1 if regroup else world)
         assert net.moe1.experts.local == (8 if regroup else 8 // world)

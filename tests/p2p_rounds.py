@@ -14,8 +14,8 @@ from lina.parallel.transport.peers import Peers, peers_of
 
 
 def large(device) -> None:
-    """Rows of 32 MB, from which either half of a round is two kernels: as over c10d, the same bits again and
-    replayed. One rank above that and one below; both above; no whole vectors; slots counted while sending.
+    """Rows of 32 MB, from which either half of a round is three kernels: as over c10d, the same bits again
+    and replayed. One rank above that and one below; both above; no whole vectors; slots counted in sending.
     """
     group = dist.group.WORLD
     for T, D, K in ((4099, 4096, 3), (4200, 4096, 8), (5700, 3001, 1), (500, 40000, 2)):
@@ -48,7 +48,7 @@ def priority(device) -> None:
         torch.cuda.synchronize()
         return _C.read_priority(index)[0]
 
-    for T, D, on in ((8, 64, False), (8, 64, True), (4200, 4096, True)):     # the last by two kernels a half
+    for T, D, on in ((8, 64, False), (8, 64, True), (4200, 4096, True)):    # the last by three kernels
         K, E = 2, 2 * world()
         layer = peers.layer(T, D, K, E, torch.bfloat16, True)
         expert = torch.arange(T * K, device=device, dtype=torch.int32).view(T, K) % E

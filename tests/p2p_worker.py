@@ -192,7 +192,7 @@ def refusals(device) -> None:
 def broken(device, how: str) -> None:
     """A rank that cannot go on: the others have an error that names it, within their timeout.
 
-    "late" is "absent" with 34 MB, where sending and waiting are two kernels.
+    "late" is "absent" with 34 MB, where sending and waiting are kernels apart.
     """
     peers = Peers(dist.group.WORLD, timeout_s=2)
     odd, absent = world() - 1, how in ("absent", "late")

@@ -135,8 +135,10 @@ def launch(module: str, scenarios: Sequence[str], world: int, *, backend: str = 
     with tempfile.TemporaryDirectory() as folder:
         spec = json.dumps(dict(module=module, scenarios=scenarios, world=world, backend=backend,
                                timeout_s=timeout_s, folder=folder))
-        starter = subprocess.Popen([sys.executable, __file__, spec], env=environment(NCCL_SOCKET_IFNAME="lo"),
-                                   text=True, start_new_session=True, stderr=subprocess.PIPE)
+        # by default torch's watchdog takes a minute for traces before it ends a process
+        env = environment(NCCL_SOCKET_IFNAME="lo", TORCH_NCCL_DUMP_ON_TIMEOUT="0")
+        starter = subprocess.Popen([sys.executable, __file__, spec], env=env, text=True,
+                                   start_new_session=True, stderr=subprocess.PIPE)
         said = ""
         try:
             _, said = starter.communicate(timeout=limit_s)

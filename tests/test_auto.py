@@ -11,6 +11,7 @@ from lina.parallel import (
     CostModel,
     ExpertPass,
     ExpertShape,
+    LayerLine,
     LayerLoad,
     Line,
     Plan,
@@ -26,8 +27,8 @@ from lina.train.resolve import resolve
 
 from ranks import Run, each_scenario
 
-SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle")), "counted", "moved",
-             "failing", "refused"]
+SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle")), "left:slow",
+             "left:gentle", "counted", "moved", "failing", "refused"]
 
 
 @each_scenario(Run("auto_worker", SCENARIOS, 2))
@@ -121,6 +122,59 @@ def test_the_faster_transport_is_taken():
     assert decide(load(), cost(), transports=("c10d",)).transport == "c10d"
     with pytest.raises(ValueError, match="a2a was measured by c10d, nccl, transport is 'p2p'"):
         decide(load(), cost(), transports=("p2p",))
+
+
+# Seconds forward and backward beside exchanges and experts, at 4096 bytes a token and more a pass.
+NCCL = (LayerLine(1e-3, 1e-9, 1.0, pass_s=2e-4), LayerLine(5e-4, 2e-9, 1.0, pass_s=3e-4))
+C10D = tuple(dataclasses.replace(line, alpha_s=line.alpha_s + 1e-3) for line in NCCL)
+BYTES = 1000 * 4096
+
+
+def test_what_is_around_a_layer_is_not_dense_time():
+    layers = {"nccl": NCCL, "c10d": C10D}
+    found = dataclasses.replace(cost(), layers=layers)
+    made, without = calibrate(load(), found, "c10d"), calibrate(load(), cost(), "c10d")
+    for way in range(2):
+        around = C10D[way].alpha_s + BYTES * C10D[way].beta_s
+        assert without.dense_s[way] - made.dense_s[way] == pytest.approx(4 * around, rel=1e-3)
+    assert predict(made, found) == pytest.approx(made.step_s, rel=1e-3)
+    # 4 layers: forward and backward 1 ms less over nccl, and the exchanges' difference as ever
+    far = predict(without, cost()) - predict(without, cost(), transport="nccl")
+    near = predict(made, found) - predict(made, found, transport="nccl")
+    assert near - far == pytest.approx(4 * 2 * 1e-3, rel=1e-3)
+    passes = predict(made, found, degree=(3, 2)) - predict(made, cost(), degree=(3, 2))
+    alone = predict(made, found) - predict(made, cost())
+    assert passes - alone == pytest.approx(4 * (2 * 2e-4 + 3e-4), rel=1e-3)
+    # one that was not measured is no better than the slowest one that was
+    assert predict(made, dataclasses.replace(found, layers={"c10d": C10D}), transport="nccl") == \
+        pytest.approx(predict(made, found, transport="nccl") + 8e-3, rel=1e-6)
+    whole = dataclasses.replace(made, ep=1)    # there nothing is exchanged
+    assert predict(whole, found) == predict(whole, cost())
+
+
+def test_passes_that_cost_more_than_they_hide():
+    """By row_s=1e-5 four passes hide 4.1 ms each way: known from test_degree."""
+    def costing(*pass_s: float) -> CostModel:
+        lines = tuple(dataclasses.replace(line, pass_s=s) for line, s in zip(NCCL, pass_s, strict=True))
+        return dataclasses.replace(cost(row_s=1e-5), layers={"c10d": lines})
+
+    assert best_degree(load(), costing(0.0, 0.0), "c10d", 8) == (4, 4)
+    assert best_degree(load(), costing(1e-2, 0.0), "c10d", 8) == (1, 4)
+    assert best_degree(load(), costing(0.0, 1e-2), "c10d", 8) == (4, 1)
+    plan = decide(load(), costing(1e-2, 1e-2), transports=("c10d",))
+    assert plan.degree == (1, 1)
+    assert any("what is around them take" in reason for reason in plan.reasons)
+    assert not any("no whole layer" in reason for reason in plan.reasons)
+
+
+def test_a_transport_is_not_taken_for_its_link_alone():
+    """nccl's exchanges take a quarter; its layers take 10 ms more."""
+    dear = tuple(dataclasses.replace(line, alpha_s=1e-2) for line in NCCL)
+    found = dataclasses.replace(cost(), layers={"c10d": NCCL, "nccl": dear})
+    assert decide(load(), found, transports=("c10d", "nccl")).transport == "c10d"
+    plan = decide(load(), cost(), transports=("c10d", "nccl"))
+    assert plan.transport == "nccl"
+    assert any(r.startswith("no whole layer was measured over c10d, nccl: ") for r in plan.reasons)
 
 
 def test_packing_moves_only_where_it_may():

@@ -30,7 +30,8 @@ LIMIT_S = 120                # for starting, which is most of it
 
 
 def start(*argv: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "lina.cli", "train", *argv], env=environment(), text=True,
+    env = environment(TORCH_NCCL_DUMP_ON_TIMEOUT="0")       # torch's watchdog takes no minute for traces
+    return subprocess.Popen([sys.executable, "-m", "lina.cli", "train", *argv], env=env, text=True,
                             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 import lina
-from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, Point, default_path, machine_facts
+from lina.parallel import (
+    CostModel,
+    ExpertPass,
+    ExpertShape,
+    LayerLine,
+    Line,
+    Point,
+    default_path,
+    machine_facts,
+)
 from lina.profile import measure, register, unregister
 from lina.profile import run as running
 
@@ -138,7 +147,9 @@ def model_of(**changes):
         machine=machine_facts(), device="cpu", world=2, ep=2,
         links={("a2a", "c10d"): line, ("a2a", "p2p"): slow, ("allreduce", "c10d"): line},
         experts=(ExpertPass(shape, line, slow),), gemm=line, copy=line, versions={"torch": "2.13"},
-        date="2026-01-01T00:00:00+00:00", seconds=1.5, notes=("a2a nccl: not available here",)), **changes})
+        date="2026-01-01T00:00:00+00:00", seconds=1.5, notes=("a2a nccl: not available here",),
+        layers={"c10d": (LayerLine(1e-3, 1e-9, 0.5, points, 4e-4, (2e-3, 3e-3, 4e-3)),
+                         LayerLine(2e-3, 0.0, 1.0))}), **changes})
 
 
 def test_line_from_points():
@@ -223,7 +234,9 @@ def test_nccls_settings_make_another_machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [lambda v: v.pop("links"), lambda v: v.update(kind="trace"),
-                                    lambda v: v.update(format=2), lambda v: v["gemm"].update(beta_s=-1.0),
+                                    lambda v: v.update(format=3), lambda v: v["gemm"].update(beta_s=-1.0),
+                                    lambda v: v["layers"][0]["forward"].update(pass_s=-1.0),
+                                    lambda v: v["layers"][0]["forward"].update(whole_s=[]),
                                     lambda v: v["experts"][0]["shape"].update(local=0)])
 def test_what_is_no_model_is_refused(tmp_path, damage):
     value = model_of().as_json()
@@ -234,4 +247,14 @@ def test_what_is_no_model_is_refused(tmp_path, damage):
         CostModel.load(path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"CostModel: .*model\.json: "):
+        CostModel.load(path)
+
+
+def test_a_file_of_an_earlier_lina_says_what_to_do(tmp_path):
+    value = model_of().as_json()
+    value["format"] = 1
+    del value["layers"]
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=r"format 1; here 'lina cost model', 2: run `lina profile` again"):
         CostModel.load(path)

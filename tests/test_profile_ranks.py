@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ import torch.distributed as dist
 
 import lina
 from lina import cli
-from lina.parallel import CostModel, ExpertShape
-from lina.profile import command, exchange, exchanges, register, registered, unregister
+from lina.parallel import CostModel, ExpertShape, Settings, settings
+from lina.profile import command, exchange, exchanges, layers, register, registered, unregister
 from lina.train import launch
 
 from ranks import Run, each_scenario, needs_gpus, torchrun
@@ -40,16 +41,20 @@ def only(operation, prepare, available=exchanges):
 
 def one_model(device):
     """Everything that is measured here by default, on small shapes; the same on both ranks."""
-    model = lina.profile(lina.mesh(ep=2), budget_s=1, sizes=SIZES, shapes=[ExpertShape(16, 16, 2)])
+    mesh = lina.mesh(ep=2, tokens=7)
+    model = lina.profile(mesh, budget_s=1, sizes=SIZES, shapes=[ExpertShape(16, 16, 2)])
     said = [None, None]
     dist.all_gather_object(said, model.as_json())
     assert said[0] == said[1] and CostModel.from_json(said[0]) == model
     assert (model.world, model.ep, model.device) == (2, 2, device.type) and model.notes == ()
     assert [row[0] for row in model.rows()] == \
-        ["a2a", "allreduce", "experts_fwd", "experts_bwd", "gemm", "copy"]
-    for _, _, _, line in model.rows():
+        ["a2a", "allreduce", "experts_fwd", "experts_bwd", "gemm", "copy", "layer_fwd", "layer_bwd"]
+    for op, _, _, line in model.rows():
         assert len(line.points) >= 3 and -1e-12 <= line.r2 <= 1
-        assert all(0 < p.low_s <= p.time_s <= p.high_s for p in line.points)
+        assert all(p.low_s <= p.time_s <= p.high_s for p in line.points)
+        times = line.whole_s if op.startswith("layer") else [p.low_s for p in line.points]
+        assert all(s > 0 for s in times)
+    assert settings(mesh) == Settings(tokens=7), "as they were"
     replicas = lina.profile(lina.mesh(ep=1), budget_s=1, sizes=SIZES, shapes=[])
     assert list(replicas.links) == [("allreduce", "c10d")] and replicas.ep == 1
 
@@ -102,7 +107,32 @@ def transports(device):
     assert ("a2a", "fake") not in registered()
 
 
-SCENARIOS = ("one_model", "slowest", "refusals", "transports")
+def whole_layers(device):
+    """Rank 1 sleeps 4 ms in each layer forward: both ranks say so. A rank that cannot is a note."""
+    real = layers.moe
+
+    def late(*args, **options):
+        time.sleep(4e-3 * dist.get_rank())
+        return real(*args, **options)
+
+    given = dict(budget_s=1, sizes=SIZES, shapes=[ExpertShape(16, 16, 2)], device="cpu")
+    with mock.patch.object(layers, "moe", late):
+        model = lina.profile(**given)                      # over all ranks, without a mesh
+    forward, backward = model.layers["c10d"]
+    assert all(s >= 4e-3 for s in forward.whole_s) and min(backward.whole_s) < 4e-3 + forward.alpha_s
+
+    def broken(*args, **options):
+        if settings(options["mesh"]).degree == (2, 2):
+            raise RuntimeError("no room for passes")
+        return real(*args, **options)
+
+    with mock.patch.object(layers, "moe", broken):
+        model = lina.profile(**given)
+    assert model.notes == ("layer c10d: 2 passes of 16 tokens: rank 0: RuntimeError: no room for passes",)
+    assert len(model.layers["c10d"][0].points) == 2 and model.layers["c10d"][0].pass_s == 0
+
+
+SCENARIOS = ("one_model", "slowest", "refusals", "transports", "whole_layers")
 
 
 @each_scenario(Run("test_profile_ranks", SCENARIOS, 2))
@@ -219,3 +249,6 @@ def test_two_gpus(main, tmp_path):
     assert ("a2a", "p2p") in model.links, out
     for line in model.links.values():
         assert len(line.points) == 6 and line.beta_s < 1e-9, out     # 1 GB/s: any link between GPUs
+    assert set(model.layers) == {"c10d", "nccl", "p2p"} and model.seconds < 20, out
+    for lines in model.layers.values():
+        assert all(len(line.points) >= 2 and line.alpha_s < 0.02 for line in lines), out

@@ -10,7 +10,7 @@
 #define PEERS_DEPTH   4 /* vectors of one lane in flight: a warp's piece of a row */
 #define PEERS_POISON  255u
 #define PEERS_LOST    0xffffffffu
-/* Bytes sent from which a half is two kernels: below, one more launch costs more than it gains. */
+/* Bytes sent from which a half is three kernels: below, their launches cost more than they gain. */
 #define PEERS_SPLIT_LEAST (32 << 20)
 
 static __device__ __forceinline__ uint64_t peers_time_ns() {
@@ -135,7 +135,7 @@ static __device__ __forceinline__ void peers_end(lina_peers_state *state, int di
   state->epoch[direction] = turn.epoch;
 }
 
-/* In place of peers_end where the second kernel of the same half follows. */
+/* In place of peers_end where another kernel of the same half follows. */
 static __device__ __forceinline__ void peers_again(lina_peers_state *state, peers_turn turn) {
   if (threadIdx.x == 0 && turn.order == gridDim.x - 1) state->begun = 0;
 }
@@ -164,8 +164,8 @@ template <class V> struct peers_piece {
   }
 };
 
-/* What a kernel does of its half of a round: all, or send without waiting, or wait and take in. */
-enum peers_part { PEERS_SEND = 1, PEERS_TAKE = 2, PEERS_WHOLE = PEERS_SEND | PEERS_TAKE };
+/* What a kernel does of its half of a round: all, or one thing. Only PEERS_WAIT waits. */
+enum peers_part { PEERS_SEND = 1, PEERS_WAIT = 2, PEERS_TAKE = 4, PEERS_WHOLE = 7 };
 
 /* ---- host ---- */
 
@@ -195,10 +195,13 @@ static inline int peers_launch(const char *op, const lina_peers_links *links, in
     run(waiting, PEERS_WHOLE);
     return lina_launched(op);
   }
-  run(peers_blocks(links->all_sms, pieces), PEERS_SEND);
-  const int rc = lina_launched(op);
+  const unsigned all = peers_blocks(links->all_sms, pieces);
+  run(all, PEERS_SEND);
+  int rc = lina_launched(op);
   if (rc != LINA_OK) return rc;
-  run(waiting, PEERS_TAKE);
+  run(1, PEERS_WAIT);
+  if ((rc = lina_launched(op)) != LINA_OK) return rc;
+  run(all, PEERS_TAKE);
   return lina_launched(op);
 }
 

@@ -36,9 +36,9 @@
  *
  * Blocks first send, then wait: the grid takes at most `sms` SMs, one block to
  * each (3/4 of the GPU's by default), so that spinning never keeps another kernel from
- * the GPU. From 32 MB of rows of its own tokens on, a rank runs either half of a round as two
- * kernels: one in which all SMs of the GPU send and nobody waits, then one in which `sms` of
- * them wait and take in. The flags are the same, so each rank chooses for itself.
+ * the GPU. From 32 MB of rows of its own tokens on, a rank runs either half of a round as three
+ * kernels: all SMs of the GPU send, one block waits, all SMs take in. The flags are the same, so
+ * each rank chooses for itself.
  * A wait ends after timeout_ns by the global timer, when the host aborts, when another that
  * shares `word` has failed, or when the flag says that its sender failed; then `word` tells the
  * host what was waited for, ids become -1, results NaN, and every later wait fails at once.

@@ -1,10 +1,10 @@
 /* peers_collect.cu - rows back to their tokens' ranks, and their sums. Contract: peers.h.
  *
- * Every block first stores its share of y's rows to the peers; then it, or a block of
- * a second kernel, waits for theirs and sums its share of the tokens: a warp to a piece of a
- * token, the loads of all ranks' rows in flight before the first is added. This rank's own
- * rows do not travel; they are read where they are. Rows by expert are summed
- * over a row's experts on the way, so that this hides behind the stores.
+ * Every block first stores its share of y's rows to the peers; then it, or one block of
+ * a second kernel, waits for theirs; then it, or a block of a third, sums its share of the
+ * tokens: a warp to a piece of a token, the loads of all ranks' rows in flight before the
+ * first is added. This rank's own rows do not travel; they are read where they are. Rows
+ * by expert are summed over a row's experts on the way, so that this hides behind the stores.
  * Bound by NVLink from about 4 MB on, below that by the round trip of the flags.
  */
 #include "peers_sums.cuh"
@@ -51,7 +51,6 @@ static __device__ __forceinline__ void sum_tokens(const Args &a, bool lost) {
 template <class T, int N, bool WEIGH, int RANKS, int DEPTH>
 static __global__ void __launch_bounds__(PEERS_THREADS, 1)
     peers_collect(const __grid_constant__ Args a, peers_part part) {
-  __shared__ uint32_t received[LINA_PEERS_MAX];
   const int ep = a.links.ep;
   const uint32_t read = peers_read(a.links.state, LINA_PEERS_BACK);
   const int64_t row_bytes = a.D * (int64_t)sizeof(T);
@@ -63,17 +62,17 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
     lowers = peers_all_sent(a.links.state);
     if (lowers) peers_announce(a.links, LINA_PEERS_BACK, epoch, NULL, false);
   }
+  if (part & PEERS_WAIT) { /* a wait that fails says so in `failed` */
+    if (threadIdx.x < ep && threadIdx.x != a.links.rank)
+      (void)peers_wait(a.links, LINA_PEERS_BACK, threadIdx.x, epoch);
+    __syncthreads();
+    if (lowers) peers_lower(a.links); /* all rows have left, and now all have arrived */
+  }
   if (!(part & PEERS_TAKE)) {
     peers_again(a.links.state, turn);
     return;
   }
-  if (threadIdx.x < ep)
-    received[threadIdx.x] =
-        threadIdx.x == a.links.rank ? 0 : peers_wait(a.links, LINA_PEERS_BACK, threadIdx.x, epoch);
-  __syncthreads();
-  if (lowers) peers_lower(a.links); /* all rows have left, and now all have arrived */
-  bool lost = *(const volatile uint32_t *)&a.links.state->failed != 0;
-  for (int e = 0; e < ep; e++) lost |= received[e] == PEERS_LOST;
+  const bool lost = *(const volatile uint32_t *)&a.links.state->failed != 0;
   sum_tokens<T, N, WEIGH, RANKS, DEPTH>(a, lost);
   if (a.dweight_out) pick_dweight(a, row_bytes, lost);
   peers_end(a.links.state, LINA_PEERS_BACK, turn);

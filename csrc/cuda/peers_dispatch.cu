@@ -5,9 +5,9 @@
  * for itself; else a kernel before it does, whose blocks tell each other their
  * counts (each adds up those of all earlier blocks: stable, no atomics).
  * Sending: a warp to a piece of a row, 4 loads of 16 bytes a lane in flight, each
- * piece read once and stored to every rank that wants it. Then all blocks, or those of
- * a second kernel, wait for the flags, copy ids and weights out and, for a backward
- * pass, rows.
+ * piece read once and stored to every rank that wants it. Then all blocks, or one of a
+ * second kernel, wait for the flags; all, or those of a third, copy ids and weights out
+ * and, for a backward pass, rows.
  * Bound by NVLink from about 4 MB on, below that by the round trip of the flags.
  */
 #include "peers.cuh"
@@ -94,9 +94,7 @@ static __device__ __forceinline__ void spoil(const Args &a, int source) {
     rows[i] = 0xffff;
 }
 
-/* Waits for all ranks' rows and takes what the experts need out of the buffer. */
-template <class V>
-static __device__ __forceinline__ void await_rows(const Args &a, uint32_t epoch, int pieces,
+static __device__ __forceinline__ void await_rows(const Args &a, uint32_t epoch,
                                                   uint32_t *received) {
   const int ep = a.links.ep;
   if (threadIdx.x < ep) {
@@ -105,7 +103,13 @@ static __device__ __forceinline__ void await_rows(const Args &a, uint32_t epoch,
     if (a.expert_out && blockIdx.x == 0)
       a.count[ep + threadIdx.x] = n == PEERS_LOST ? 0 : (int32_t)n;
   }
-  __syncthreads();
+}
+
+/* What the experts need, out of the buffer. */
+template <class V>
+static __device__ __forceinline__ void take_rows(const Args &a, int pieces,
+                                                 const uint32_t *received) {
+  const int ep = a.links.ep;
   const int64_t vectors = a.row_bytes / (int64_t)sizeof(V);
   for (int i = 0; i < ep; i++) {
     const int source = a.links.rank + i < ep ? a.links.rank + i : a.links.rank + i - ep;
@@ -146,11 +150,17 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
   }
   if (part & PEERS_SEND && peers_all_sent(a.links.state))
     peers_announce(a.links, LINA_PEERS_OUT, turn.epoch, count_here ? counts.total : a.count, true);
+  if (part & PEERS_WAIT) await_rows(a, turn.epoch, received);
   if (!(part & PEERS_TAKE)) {
     peers_again(a.links.state, turn);
     return;
   }
-  await_rows<V>(a, turn.epoch, pieces, received);
+  if (!(part & PEERS_WAIT) && threadIdx.x < ep) {
+    const bool failed = *(const volatile uint32_t *)&a.links.state->failed != 0;
+    received[threadIdx.x] = failed ? PEERS_LOST : (uint32_t)a.count[ep + threadIdx.x];
+  }
+  __syncthreads();
+  take_rows<V>(a, pieces, received);
   peers_end(a.links.state, LINA_PEERS_OUT, turn);
 }
 

@@ -3,9 +3,11 @@
     1. when the model is wrapped, rank 0's cost model goes to all ranks;
     2. ``observe`` steps run in the plain order, one pass a layer (plan/observe.py);
     3. before the next one all ranks' observations meet; rank 0 decides (plan/decide.py), all ranks take that;
-    4. transport and degrees hold from that step on, and so does the order of gradients; on CUDA one step
-       later, when every kernel has run once: one that is launched for the first time while gradients
-       wait on the device may stop the host.
+    4. transport and degrees hold from that step on, the order of gradients from the next, when every kernel
+       has run once: one that is launched for the first time while gradients wait on the device may stop
+       the host;
+    5. from there as many steps are observed again. Where they take longer than the plain ones did, all ranks
+       go back to what ran before; experts that have moved stay.
 
 Source: Lina, arXiv:2210.17223, section 5, packs experts after ten steps of observation. Differs: degrees
 and order of gradients are chosen too, by a cost model, FSMoE, arXiv:2501.10714, section 4.
@@ -19,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook as at_once
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -28,16 +29,15 @@ from lina.parallel.experts import together
 from lina.parallel.gradients.hook import HookState, allreduce_hook, user_settings
 from lina.parallel.mesh import ep_size, groups
 from lina.parallel.plan.cost import CostModel
-from lina.parallel.plan.decide import Plan, State, copies, decide, unchanged
+from lina.parallel.plan.decide import Plan, decide, unchanged
 from lina.parallel.plan.observe import Call, Observer
-from lina.parallel.plan.predict import LayerLoad, Workload, links
+from lina.parallel.plan.predict import Workload, links
 from lina.parallel.regroup import regroup
 from lina.parallel.settings import TRANSPORTS, Settings, chosen, meshes, settings
-from lina.parallel.slots import Layer, check_gradients, layers, slots
+from lina.parallel.slots import check_gradients, layers, slots
+from lina.parallel.workload import bucket_bytes, merged, segments, sizes, spread_layers, state
 
-# What all ranks have in common.
-_SAME = ("experts", "top_k", "dim", "ffn_dim", "local", "dtype", "activation", "expert_bytes",
-         "expert_params")
+SLOWER = 0.02          # than the plain order: then the plan is left again
 _log = logging.getLogger(__name__)
 
 
@@ -129,29 +129,37 @@ def _transports(mesh: DeviceMesh, cost: CostModel, hook: HookState | None) -> tu
 
 
 class Auto:
-    """Watches a wrapped model, decides once, and lets go."""
+    """Watches a wrapped model, decides once, watches what comes of it, and lets go."""
 
     def __init__(self, mesh: DeviceMesh, cost: CostModel, transports: tuple[str, ...], options: Options,
                  device: torch.device) -> None:
         self.mesh, self.cost, self.transports, self.options = mesh, cost, transports, options
         self.device = device
-        self.observer = Observer(device)
-        self.order = Order(groups(mesh).world, self.observer)
-        self.steps = 0
+        self.order = Order(groups(mesh).world, Observer(device))
+        self.steps = 0                 # begun under the observer
         self.plan: Plan | None = None
+        self.entered = False           # the plan's first step, which allocates and connects, has run
+        self.former: list[tuple[DeviceMesh, str, tuple[int, int]]] = []     # the settings before the plan
         self.done = False
+
+    @property
+    def observer(self) -> Observer:
+        return self.order.observer
 
     def before(self, wrapper: Any) -> None:
         """Forward of ``wrapper`` comes."""
         if not (torch.is_grad_enabled() and wrapper.require_backward_grad_sync):
             self.observer.other_work()
-        elif self.plan is not None:
-            self._gently(wrapper)              # every kernel has run
-        elif self.steps == self.options.observe:
-            self._decide(wrapper)
-        else:
+            return
+        if self.plan is not None and not self.entered:
+            self._enter(wrapper)
+        if self.steps < self.options.observe:
             self.steps += 1
             self.observer.begin()
+        elif self.plan is None:
+            self._decide(wrapper)
+        else:
+            self._compare(wrapper, self.plan)
 
     def after(self) -> None:
         """It has ended, or raised."""
@@ -182,10 +190,10 @@ class Auto:
         return dict(step=self.observer.facts(), refused=refused, room=room)
 
     def _plan(self, wrapper: Any, said: list[dict[str, Any]]) -> Plan:
-        options, found = self.options, _spread(wrapper)
+        options, found = self.options, spread_layers(wrapper)
         steps = [s["step"] for s in said if s["step"] is not None]
         world, ep = groups(self.mesh).world.size(), ep_size(self.mesh)
-        load = Workload(world, ep, self.device.type, (), (_sizes(wrapper, []),), 0.0, 0.0, 0.0)
+        load = Workload(world, ep, self.device.type, (), (sizes(wrapper, []),), 0.0, 0.0, 0.0)
         degree = options.degree or (1, 1)
         if not steps:
             return unchanged(load, chosen(self.mesh), degree, "no step was seen whole: nothing is known")
@@ -196,11 +204,11 @@ class Auto:
                              "layers are spread over different numbers of ranks: left as they are")
         names = [name for name, _ in found] if len(found) == most else [f"layer {i}" for i in range(most)]
         notes: list[str] = []
-        merged = tuple(_merged(name, list(ranks), notes) for name, *ranks in zip(names, *calls, strict=True))
+        loads = tuple(merged(name, list(ranks), notes) for name, *ranks in zip(names, *calls, strict=True))
         slowest = max(steps, key=lambda s: s["forward_s"] + s["backward_s"] + s["outside_s"])
-        load = Workload(world, calls[0][0].ep if most else 1, self.device.type, merged,
-                        _segments(wrapper, found, most), slowest["forward_s"], slowest["backward_s"],
-                        slowest["outside_s"], *_bucket_bytes(wrapper))
+        load = Workload(world, calls[0][0].ep if most else 1, self.device.type, loads,
+                        segments(wrapper, found, most), slowest["forward_s"], slowest["backward_s"],
+                        slowest["outside_s"], *bucket_bytes(wrapper))
         refused = next((s["refused"] for s in said if s["refused"]), "")
         if refused:
             notes.append(f"experts stay: {refused}")
@@ -208,91 +216,66 @@ class Auto:
         try:
             return decide(load, self.cost, transports=self.transports, degree=options.degree,
                           micro_op_s=options.hook.micro_op_s if options.hook else None,
-                          state=_state(found, options.optimizer, min(rooms, default=None)),
+                          state=state(found, options.optimizer, min(rooms, default=None)),
                           may_move=options.regroup and not refused, notes=tuple(notes))
         except ValueError as error:
             return unchanged(load, chosen(self.mesh), degree, f"nothing can be predicted: {error}", *notes)
 
     def _apply(self, wrapper: Any, plan: Plan) -> None:
         _log.info("%s", plan)
+        now = chosen(self.mesh), settings(self.mesh).degree, "plain", plan.load.ep
         if plan.ep != plan.load.ep:
             self.mesh = regroup(wrapper, self.options.optimizer, plan.ep)
-        for mesh in meshes(wrapper, self.mesh):
+        found = meshes(wrapper, self.mesh)
+        self.former = [(mesh, settings(mesh).transport, settings(mesh).degree) for mesh in found]
+        for mesh in found:
             settings(mesh).transport, settings(mesh).degree = plan.transport, plan.degree
         self.options.optimizer = None
-        if plan.schedule == "plain":
+        if now == (plan.transport, plan.degree, plan.schedule, plan.ep):
             self.done = True
-        elif self.device.type != "cuda":
-            self._gently(wrapper)
+            if plan.trials:
+                self.plan = wrapper.plan = plan.ran(plan.load.step_s)
 
-    def _gently(self, wrapper: Any) -> None:
-        """From this step on gradients let all-to-alls pass."""
+    def _enter(self, wrapper: Any) -> None:
+        """From this step on gradients let all-to-alls pass, if they shall, and steps are observed again."""
         assert self.plan is not None           # _decide
+        self.entered, self.steps = True, 0
+        self.order.observer, self.order.watched = Observer(self.device), True
+        if self.plan.schedule == "plain":
+            return
         hook = self.options.hook or HookState(micro_op_s=self.plan.micro_op_s, link=self.plan.link)
         state = hook.over(self.mesh)
         state.queue(self.device)               # by all ranks together
         self.order.gently = state
         wrapper.expert_reducer.queue, wrapper.gently = state.queue, state
-        self.done = True
 
+    @torch.no_grad()
+    def _compare(self, wrapper: Any, plan: Plan) -> None:
+        """Back to what ran before, if that was faster; on all ranks, by the same numbers."""
+        self.order.watched, self.done = False, True
+        said = together("ddp: schedule 'auto'", groups(self.mesh).world, self.observer.facts)
+        facts = [step for step in said if step is not None]
+        if not facts or not plan.trials:
+            return                             # nothing to compare, or with
+        step_s = max(f["forward_s"] + f["backward_s"] + f["outside_s"] for f in facts)
+        back = None
+        if plan.ep == plan.load.ep and step_s > plan.load.step_s * (1 + SLOWER):
+            back = self._back(wrapper, plan)
+        self.plan = wrapper.plan = plan.ran(step_s, back)
+        _log.info("%s", self.plan.reasons[-1] if back else f"a step takes {1e3 * step_s:.2f} ms as planned")
 
-def _spread(model: nn.Module) -> list[tuple[str, Layer]]:
-    return [(name.removeprefix("module."), layer) for name, layer in layers(model)
-            if ep_size(layer.module.mesh) > 1]
-
-
-def _merged(name: str, ranks: list[Call], notes: list[str]) -> LayerLoad:
-    """The layer on the rank with most to do."""
-    first = ranks[0]
-    share = copies(first.experts, first.top_k, first.ep)
-    pairs_a_row = first.top_k * (first.ep - 1) / first.ep / share if share else 1.0
-    tokens = max(c.tokens for c in ranks)
-    same: dict[str, Any] = {field: getattr(first, field) for field in _SAME}
-    if any(c.sent < 0 for c in ranks):
-        notes.append(f"{name}: its counts never leave the device; taken for evenly routed")
-        even = LayerLoad(name, tokens=tokens, rows=0.0, own_pairs=0.0, remote_pairs=0.0, **same)
-        return even.spread(first.ep)
-    pairs = [(c.own_pairs, c.remote_pairs) if c.own_pairs >= 0 else
-             (max(0.0, c.tokens * c.top_k - c.sent * pairs_a_row), c.received * pairs_a_row) for c in ranks]
-    own, remote = max(pairs, key=sum)
-    return LayerLoad(name, tokens=tokens, rows=max(max(c.sent, c.received) for c in ranks), own_pairs=own,
-                     remote_pairs=remote, **same)
-
-
-def _sizes(model: nn.Module, found: list[tuple[str, Layer]]) -> tuple[int, ...]:
-    return tuple(n for segment in _segments(model, found, len(found)) for n in segment)
-
-
-def _segments(model: nn.Module, found: list[tuple[str, Layer]], count: int) -> tuple[tuple[int, ...], ...]:
-    """Bytes of dense gradients before, between and after ``count`` spread layers, in the model's order."""
-    owner = {id(p): i for i, (_, layer) in enumerate(found) for held in layer.slots.values() for p in held}
-    made: list[list[int]] = [[] for _ in range(count + 1)]
-    passed: set[int] = set()
-    for p in model.parameters():
-        if id(p) in owner:
-            passed.add(owner[id(p)])
-        elif p.requires_grad:
-            made[min(len(passed), count)].append(p.nbytes)
-    return tuple(map(tuple, made))
-
-
-def _bucket_bytes(wrapper: Any) -> tuple[int, int]:
-    """Of all, and of the first, which is smaller unless the user has set the others' size."""
-    most = int(wrapper.bucket_bytes_cap)
-    usual = getattr(wrapper, "bucket_bytes_cap_default", True)
-    return most, int(dist._DEFAULT_FIRST_BUCKET_BYTES) if usual else most
-
-
-def _state(found: list[tuple[str, Layer]], optimizer: Optimizer | None, room: int | None) -> State | None:
-    """Adam's two moments, in the weights' dtype, where no optimizer says otherwise."""
-    params = [p for _, layer in found for slot in slots([("", layer)]) for p in slot.held()]
-    if not params:
-        return None
-    numel, weights = sum(p.numel() for p in params), sum(p.nbytes for p in params)
-    moments = 2 * weights
-    if optimizer is not None:
-        moments = sum(v.nbytes for p in params for v in optimizer.state.get(p, {}).values()
-                      if isinstance(v, torch.Tensor) and v.shape == p.shape)
-    kept = 2 * weights + moments
-    return State(weights / numel, kept / numel, (weights + moments) / numel,
-                 None if room is None else float(room + kept))
+    def _back(self, wrapper: Any, plan: Plan) -> tuple[str, tuple[int, int]] | None:
+        """The transport and degrees that hold from here on; None: there is nothing to go back to."""
+        ran = chosen(self.mesh), settings(self.mesh).degree
+        given = self.options.degree            # it stays, where the transport can have it
+        for mesh, transport, degree in self.former:
+            settings(mesh).transport = transport
+            fits = given is not None and (given[0] == given[1] or chosen(mesh) != "p2p")
+            settings(mesh).degree = given if given is not None and fits else degree
+        if plan.schedule == "plain" and ran == (chosen(self.mesh), settings(self.mesh).degree):
+            return None
+        gently, self.order.gently = self.order.gently, None
+        wrapper.expert_reducer.queue, wrapper.gently = None, None
+        if gently is not None and self.options.hook is None:
+            gently.queue(self.device).close()  # all ranks' devices are done: the observer has waited
+        return chosen(self.mesh), settings(self.mesh).degree

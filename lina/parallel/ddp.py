@@ -30,7 +30,8 @@ class DataParallel(DistributedDataParallel):
     """What :func:`ddp` returns: a DistributedDataParallel that leaves experts to their replicas.
 
     Attributes:
-        plan: what schedule "auto" has chosen; None before, and with other schedules.
+        plan: what schedule "auto" has chosen; None before, and with other schedules. Another one once its
+            steps have been measured.
     """
 
     _hook: tuple[Any, Any] | None = None       # also set by torch's constructor
@@ -166,14 +167,15 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             "lina": in micro-ops that let all-to-alls pass, dense ones (:func:`allreduce_hook`,
             which takes the place of a comm hook of your own) and those of replicated experts after them.
             "auto": plain for some steps, observed; then what is fastest by the cost model that `lina
-            profile` has saved, the same on all ranks, here too in the place of a comm hook. ``plan`` of
-            the result says what, and why.
+            profile` has saved, the same on all ranks, here too in the place of a comm hook, unless its
+            steps then take longer: back to plain. ``plan`` of the result says what, and why.
         degree: expert passes of the mesh's layers, forward and backward, 1 to 8 each: rows travel while
             others are computed. By default (3, 3) with "lina", but (1, 1) over "p2p", which takes equal ones;
             with "plain" what the mesh has; with "auto" the plan's.
         hook: with "lina" and "auto": sizes of micro-ops, compression; by default ``HookState(mesh)``, with
             "auto" by the measured link.
-        observe: with "auto": steps before the plan, counted as forward passes with gradients to reduce.
+        observe: with "auto": steps before the plan, counted as forward passes with gradients to reduce; and
+            as many under it, from its second one on.
         optimizer, regroup: with "auto": the optimizer says how much state experts have, and ``regroup=True``
             lets the plan move experts and that state to another ep (:func:`lina.regroup`).
         options: DistributedDataParallel's; ``process_group`` and ``device_mesh`` come from the mesh.

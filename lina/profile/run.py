@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import math
@@ -14,13 +15,23 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import lina
-from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, groups, machine_facts
-from lina.profile import compute, links
-from lina.profile.measure import Ranks, sweep
+from lina.parallel import (
+    CostModel,
+    ExpertPass,
+    ExpertShape,
+    LayerTimes,
+    Line,
+    groups,
+    layer_lines,
+    machine_facts,
+)
+from lina.profile import compute, layers, links
+from lina.profile.measure import Prepare, Ranks, sweep
 
-# Shares of the time of one link, one shape's passes in one direction, products, copies.
-LINK, PASS, GEMM, COPY = 4.0, 2.0, 1.0, 1.0
-Sink = Callable[[Line], None]
+# Shares of the time of one link, one shape's passes in one direction, products, copies, whole layers over
+# one transport.
+LINK, PASS, GEMM, COPY, LAYER = 4.0, 2.0, 1.0, 1.0, 4.0
+Measure = Callable[[float], str]        # in so many seconds; why not, or nothing
 
 
 def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: str | None = None,
@@ -51,7 +62,8 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
         RuntimeError: another rank failed or left, within the group's timeout.
 
     Source: FSMoE, arXiv:2501.10714, section 4: online profiling. Differs: experts are measured as whole
-    passes of a layer, by rows, forward and backward apart, and not as one product.
+    passes of a layer, by rows, forward and backward apart, and not as one product; and whole spread layers
+    over each transport, for what they take besides, the first shape's.
     """
     start = time.perf_counter()
     ranks = _ranks(mesh, device)
@@ -65,34 +77,42 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
     single: dict[str, Line] = {}
     notes: list[str] = []
 
-    tasks: list[tuple[float, str, Callable, Sequence[int], Sink, int]] = []
+    times: dict[str, list[LayerTimes]] = {}
+
+    tasks: list[tuple[float, str, Measure]] = []
     for key, measurer in links.registered().items():
         if key[1] in wanted and measurer.available(ranks):
-            tasks.append((LINK, " ".join(key), partial(measurer.prepare, ranks), sizes,
-                          partial(found_links.__setitem__, key), measurer.each))
+            tasks.append((LINK, " ".join(key), _line(ranks, partial(measurer.prepare, ranks), sizes,
+                                                     partial(found_links.__setitem__, key), measurer.each)))
         elif transports is not None and key[1] in wanted:
             notes.append(f"{key[0]} {key[1]}: not available here")
     for shape in shapes:
         for way in ("forward", "backward"):
-            tasks.append((PASS, f"experts {way}", _on_experts(ranks, shape, way),
-                          compute.expert_rows(shape, kind), partial(passes[shape].__setitem__, way), 1))
+            tasks.append((PASS, f"experts {way}", _line(ranks, _on_experts(ranks, shape, way),
+                                                        compute.expert_rows(shape, kind),
+                                                        partial(passes[shape].__setitem__, way))))
     if shapes:
-        tasks.append((GEMM, "gemm", partial(compute.gemm, ranks, shapes[0]),
-                      compute.gemm_flops(shapes[0], kind), partial(single.__setitem__, "gemm"), 1))
-        tasks.append((COPY, "copy", partial(compute.copy, ranks), compute.COPIES[kind],
-                      partial(single.__setitem__, "copy"), 1))
+        tasks.append((GEMM, "gemm", _line(ranks, partial(compute.gemm, ranks, shapes[0]),
+                                          compute.gemm_flops(shapes[0], kind),
+                                          partial(single.__setitem__, "gemm"))))
+        tasks.append((COPY, "copy", _line(ranks, partial(compute.copy, ranks), compute.COPIES[kind],
+                                          partial(single.__setitem__, "copy"))))
+        over = [t for op, t in links.registered() if op == "a2a" and layers.supported(t) and t in wanted
+                and links.registered()[op, t].available(ranks)]
+        whole = layers.mesh_of(ranks, mesh) if over else None
+        for name in over:
+            assert whole is not None
+            tasks.append((LAYER, f"layer {name}", _whole(ranks, whole, name, shapes[0], found_links, times)))
 
     while tasks:
         share = tasks[0][0] / sum(task[0] for task in tasks)
-        _, name, prepare, ns, keep, each = tasks.pop(0)
+        _, name, measured = tasks.pop(0)
         if progress is not None:
             progress(name)
         spent = ranks.slowest([time.perf_counter() - start])[0]
-        line, why = sweep(ranks, prepare, ns, share * (budget_s - spent), each)
-        if line is None:
+        why = measured(share * (budget_s - spent))
+        if why:
             notes.append(f"{name}: {why}")
-        else:
-            keep(line)
     experts = tuple(ExpertPass(shape, lines["forward"], lines["backward"])
                     for shape, lines in passes.items() if len(lines) == 2)
     model = CostModel(
@@ -100,7 +120,40 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
         single.get("gemm"), single.get("copy"), shapes[0].dtype if shapes else "float32", _versions(),
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         time.perf_counter() - start, tuple(notes))
-    return _rank0s(ranks, model)
+    return _rank0s(ranks, _with_layers(model, times))
+
+
+def _line(ranks: Ranks, prepare: Prepare, ns: Sequence[int], keep: Callable[[Line], None],
+          each: int = 1) -> Measure:
+    """Measures and keeps one operation's line."""
+    def measured(seconds: float) -> str:
+        line, why = sweep(ranks, prepare, ns, seconds, each)
+        if line is not None:
+            keep(line)
+        return why
+    return measured
+
+
+def _whole(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
+           found_links: dict[tuple[str, str], Line], times: dict[str, list[LayerTimes]]) -> Measure:
+    def measured(seconds: float) -> str:
+        if ("a2a", transport) not in found_links:          # the reason is told with that
+            return ""
+        times[transport], why = layers.timed(ranks, mesh, transport, shape, seconds)
+        return why
+    return measured
+
+
+def _with_layers(model: CostModel, times: dict[str, list[LayerTimes]]) -> CostModel:
+    """What they take beside exchanges and experts, now that all of these have lines."""
+    found, notes = {}, list(model.notes)
+    for transport, each in times.items():
+        try:
+            if each:
+                found[transport] = layer_lines(model, transport, each)
+        except ValueError as error:
+            notes.append(f"layer {transport}: {error}")
+    return dataclasses.replace(model, layers=found, notes=tuple(notes))
 
 
 def _ranks(mesh: DeviceMesh | None, device: str | None) -> Ranks:

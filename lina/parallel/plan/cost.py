@@ -14,10 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lina.parallel.plan.lines import ExpertPass, ExpertShape, Line, read_line
+from lina.parallel.plan.lines import ExpertPass, ExpertShape, LayerLine, Line, read_layer_line, read_line
 from lina.parallel.plan.machine import default_path, machine_facts, overwrite
 
-KIND, FORMAT = "lina cost model", 1
+KIND, FORMAT = "lina cost model", 2
 GOOD_FIT = 0.99                 # r2 below it is worth a warning: FSMoE reports 0.9987 at the least
 
 
@@ -32,6 +32,8 @@ class CostModel:
             buffer's bytes.
         experts: passes by shape.  gemm: one dense product, by floating-point operations.
         copy: within a device's memory, by bytes copied.
+        layers: by transport: what a whole spread layer takes beside exchanges and experts, forward and
+            backward.
         versions: of lina, torch and NCCL.  date: ISO 8601, UTC.  notes: what could not be measured.
     """
 
@@ -48,6 +50,7 @@ class CostModel:
     date: str = ""
     seconds: float = 0.0            # that measuring took
     notes: tuple[str, ...] = ()
+    layers: dict[str, tuple[LayerLine, LayerLine]] = field(default_factory=dict)
 
     def line(self, operation: str, transport: str | None = None) -> Line:
         """The line of an operation: "a2a", "allreduce", "experts_fwd", "experts_bwd" (of the first
@@ -118,6 +121,9 @@ class CostModel:
             found.append(("gemm", self.dtype, "flops", self.gemm))
         if self.copy is not None:
             found.append(("copy", self.device, "bytes", self.copy))
+        for transport, lines in self.layers.items():
+            for name, line in zip(("layer_fwd", "layer_bwd"), lines, strict=True):
+                found.append((name, f"{transport} +{1e6 * line.pass_s:.0f} us a pass", "bytes", line))
         return found
 
     def describe(self) -> str:
@@ -145,24 +151,28 @@ class CostModel:
                 "links": [{"operation": op, "transport": t, **asdict(line)}
                           for (op, t), line in self.links.items()],
                 "experts": [asdict(e) for e in self.experts],
-                "gemm": self.gemm and asdict(self.gemm), "copy": self.copy and asdict(self.copy)}
+                "gemm": self.gemm and asdict(self.gemm), "copy": self.copy and asdict(self.copy),
+                "layers": [{"transport": t, "forward": asdict(forward), "backward": asdict(backward)}
+                           for t, (forward, backward) in self.layers.items()]}
 
     @staticmethod
     def from_json(value: Any) -> CostModel:
         """Raises ValueError, one line, for anything but what :meth:`as_json` gives."""
         try:
             if value["kind"] != KIND or value["format"] != FORMAT:
-                raise ValueError(f"kind {value['kind']!r}, format {value['format']!r}; "
-                                 f"here {KIND!r}, {FORMAT}")
+                raise ValueError(f"kind {value['kind']!r}, format {value['format']!r}; here {KIND!r}, "
+                                 f"{FORMAT}: run `lina profile` again")
             experts = tuple(ExpertPass(ExpertShape(**e["shape"]), *(read_line(e[way]) for way in
                                                                     ("forward", "backward")))
                             for e in value["experts"])
             links = {(str(v["operation"]), str(v["transport"])): read_line(v) for v in value["links"]}
+            layers = {str(v["transport"]): (read_layer_line(v["forward"]), read_layer_line(v["backward"]))
+                      for v in value["layers"]}
             gemm, copy = (value[name] and read_line(value[name]) for name in ("gemm", "copy"))
             return CostModel(dict(value["machine"]), str(value["device"]), int(value["world"]),
                              int(value["ep"]), links, experts, gemm, copy, str(value["dtype"]),
                              dict(value["versions"]), str(value["date"]), float(value["seconds"]),
-                             tuple(value["notes"]))
+                             tuple(value["notes"]), layers)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a cost model written by lina ({type(error).__name__}: {error})") from error
 

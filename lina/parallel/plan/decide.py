@@ -21,8 +21,8 @@ from lina.parallel.plan.predict import (
     best_degree,
     calibrate,
     copies,
+    layers_s,
     links,
-    pipeline,
     predict,
 )
 from lina.parallel.settings import MAX_DEGREE, UNIT
@@ -73,6 +73,9 @@ class Plan:
         trials: all that was tried.  load: the step that was observed, with its dense seconds.
         packing: a row for each ep, as csrc/plan/packing.h's.  packed_ep: the best; None: not known.
         reasons: one line each.  measured: the cost model's date.
+        measured_s: seconds of a step as it then ran, observed as the plain ones were; None until it is known.
+        left: the label in ``predicted`` of what ``measured_s`` is of, where that was slower than the plain
+            order and was left again; else empty.
     """
 
     transport: str
@@ -88,6 +91,8 @@ class Plan:
     packed_ep: int | None
     reasons: tuple[str, ...]
     measured: str
+    measured_s: float | None = None
+    left: str = ""
 
     @property
     def predicted(self) -> dict[str, float]:
@@ -130,7 +135,23 @@ class Plan:
         lines += [f"predicted {1e3 * s:10.2f} ms  {label}" for label, s in self.predicted.items()]
         lines += [f"{layer.name}: {layer.tokens:.0f} tokens, {layer.rows:.0f} rows to other ranks, pairs "
                   f"{layer.own_pairs:.0f} own and {layer.remote_pairs:.0f} remote" for layer in load.layers]
+        if self.measured_s is not None:
+            found = self.left or (self.chosen.label if self.chosen else self.schedule)
+            lines.append(f"measured  {1e3 * self.measured_s:10.2f} ms  {found}")
         return "\n".join([*lines, *self.reasons])
+
+    def ran(self, step_s: float, back_to: tuple[str, tuple[int, int]] | None = None) -> Plan:
+        """This plan, whose steps took ``step_s``; ``back_to``: it is left for the plain order over that
+        transport, in those passes."""
+        if back_to is None:
+            return dataclasses.replace(self, measured_s=step_s)
+        name = self.chosen.label if self.chosen else self.schedule
+        reason = (f"{name} took {1e3 * step_s:.2f} ms, the steps before {1e3 * self.load.step_s:.2f}: "
+                  f"back to plain, {back_to[1][0]}/{back_to[1][1]} passes over {back_to[0]}")
+        size_s = self.trials[0].micro_op_s if self.trials else self.micro_op_s
+        return dataclasses.replace(self, transport=back_to[0], degree=back_to[1], schedule="plain",
+                                   micro_op_s=size_s, micro_op_bytes=0, link=(0.0, 0.0), measured_s=step_s,
+                                   left=name, reasons=(*self.reasons, reason))
 
 
 def _tuples(value: Any) -> Any:
@@ -224,13 +245,15 @@ def _why(load: Workload, cost: CostModel, trials: list[Trial], found: Trial) -> 
     plain = trials[0]
     said = [f"{found.label}: {1e3 * found.step_s:.2f} ms, {plain.step_s / found.step_s:.2f} x {plain.label}"
             f"; an order less simple must save {WORTH:.1%} of the step"]
-    a2a = links(cost, found.transport, "plain", ep=load.ep, world=load.world)[0]
     if found.ep == load.ep:
         for way, name in enumerate(("forward", "backward")):
-            one, many = (sum(pipeline(layer, cost, a2a, way, r) for layer in load.layers)
-                         for r in (1, found.degree[way]))
-            said.append(f"{name}: experts and exchanges of all layers take {1e3 * one:.2f} ms in one pass, "
-                        f"{1e3 * many:.2f} in {found.degree[way]}")
+            one, many = (layers_s(load, cost, found.transport, way, r) for r in (1, found.degree[way]))
+            said.append(f"{name}: all layers' experts, exchanges and what is around them take "
+                        f"{1e3 * one:.2f} ms in one pass, {1e3 * many:.2f} in {found.degree[way]}")
+    unknown = [t for t in dict.fromkeys(t.transport for t in trials) if t not in cost.layers]
+    if unknown:
+        said.append(f"no whole layer was measured over {', '.join(unknown)}: what one needs beside experts "
+                    f"and exchanges is {'taken for that of the slowest' if cost.layers else 'not predicted'}")
     over = plain.step_s / load.step_s
     if over > 1 + WORTH:
         said.append(f"the parts take {over:.2f} x the step observed by the cost model, which overestimates "

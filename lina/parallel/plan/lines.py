@@ -1,4 +1,4 @@
-"""Lines t = alpha + n * beta, fitted to measured times, of links and of passes over experts.
+"""Lines t = alpha + n * beta, fitted to measured times, of links, passes over experts and whole layers.
 
 Source: FSMoE, arXiv:2501.10714, section 4. Differs: see csrc/plan/link.h.
 """
@@ -68,6 +68,31 @@ class Line:
 
 
 @dataclass(frozen=True)
+class LayerLine(Line):
+    """What a whole spread layer takes one way beside its exchanges and experts, by bytes of its tokens
+    (tokens * dim * itemsize).
+
+    Attributes:
+        points: of that rest: measured seconds less those of exchanges and experts by their own lines.
+        pass_s: for each expert pass beyond the first.
+        whole_s: the layer's measured seconds at each point; ``r2`` and ``off`` are of these.
+    """
+
+    pass_s: float = 0.0
+    whole_s: tuple[float, ...] = ()
+
+    def rest(self, n: float, degree: int) -> float:
+        """Seconds beside exchanges and experts of a layer of ``n`` bytes in ``degree`` passes."""
+        return self.alpha_s + n * self.beta_s + (degree - 1) * self.pass_s
+
+    @property
+    def off(self) -> float:
+        """The largest error of the line at its points, relative to the whole layer."""
+        return max((abs(self.rest(p.n, 1) - p.time_s) / whole
+                    for p, whole in zip(self.points, self.whole_s, strict=True)), default=0.0)
+
+
+@dataclass(frozen=True)
 class ExpertShape:
     """The experts of one rank in one layer: ``local`` of them, D = ``dim``, F = ``ffn_dim``.
 
@@ -109,3 +134,12 @@ def read_line(value: dict[str, Any]) -> Line:
     if not (0 <= line.alpha_s < math.inf and 0 <= line.beta_s < math.inf):
         raise ValueError(f"alpha {line.alpha_s} s, beta {line.beta_s} s, must be finite and not negative")
     return line
+
+
+def read_layer_line(value: dict[str, Any]) -> LayerLine:
+    """As :func:`read_line`."""
+    line, pass_s = read_line(value), float(value["pass_s"])
+    whole_s = tuple(map(float, value["whole_s"]))
+    if not 0 <= pass_s < math.inf or len(whole_s) != len(line.points):
+        raise ValueError(f"a layer's pass of {pass_s} s, {len(whole_s)} times of {len(line.points)} points")
+    return LayerLine(line.alpha_s, line.beta_s, line.r2, line.points, pass_s, whole_s)

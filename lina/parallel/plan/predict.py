@@ -3,6 +3,8 @@
 A workload is what was observed under the plain order. Its dense time is what the observed step leaves
 beside its parts by the cost model, so that the plain order's prediction is the observed step; the
 other orders' predictions are from there. What the cost model has wrong, the dense time takes up.
+What a layer takes beside exchanges and experts is the observed transport's in one, the predicted
+one's and its passes' in the other; gradients that give way wait meanwhile, for exchanges are imminent.
 
 Not modelled: ranks that differ (each is taken for the one with most to do), and more ranks than some
 groups of ep, whose replicas are simulated for all.
@@ -129,6 +131,22 @@ def pipeline(layer: LayerLoad, cost: CostModel, a2a: Line, way: int, degree: int
         own_rows=layer.own_pairs, remote_rows=layer.remote_pairs, degree=degree)["seconds"]
 
 
+def rest(layer: LayerLoad, cost: CostModel, transport: str, way: int, degree: int) -> float:
+    """Seconds of a spread layer beside its exchanges and experts. Over a transport of which no whole layer
+    was measured it takes what it does over the slowest one that was; 0 if there is none."""
+    known = [cost.layers[transport]] if transport in cost.layers else list(cost.layers.values())
+    return max((lines[way].rest(layer.tokens * layer.width, degree) for lines in known), default=0.0)
+
+
+def layers_s(load: Workload, cost: CostModel, transport: str, way: int, degree: int) -> float:
+    """Seconds of all spread layers without the dense part, each alone; ``way`` as :func:`pipeline`'s."""
+    a2a = links(cost, transport, "plain", ep=load.ep, world=load.world)[0]
+    seconds = sum(pipeline(layer, cost, a2a, way, degree) for layer in load.layers)
+    if load.ep > 1:
+        seconds += sum(rest(layer, cost, transport, way, degree) for layer in load.layers)
+    return seconds
+
+
 def predict(load: Workload, cost: CostModel, *, transport: str = "c10d", schedule: str = "plain",
             degree: tuple[int, int] = (1, 1), micro_op_s: float = MICRO_OP_S) -> float:
     """Seconds of a step of ``load``, from one forward pass to the next.
@@ -149,8 +167,10 @@ def predict(load: Workload, cost: CostModel, *, transport: str = "c10d", schedul
     ring = 2 * (load.world - 1) / load.world or 1.0        # the line is over the buffer's bytes
     near, over = (a2a.alpha_s, a2a.beta_s), (reduce.alpha_s, reduce.beta_s / ring)
     forward, backward = (s / max(1, len(load.layers)) for s in load.dense_s)
-    layers: list[Any] = [((forward, backward), *_experts(layer, cost), len(grads))
-                         for layer, grads in zip(load.layers, load.dense_grads, strict=False)]
+    more = [tuple(rest(layer, cost, transport, way, degree[way]) if load.ep > 1 else 0.0 for way in range(2))
+            for layer in load.layers]
+    layers: list[Any] = [((forward, backward), True, around, *_experts(layer, cost), len(grads))
+                         for layer, around, grads in zip(load.layers, more, load.dense_grads, strict=False)]
     last = load.dense_s if not load.layers else (0.0, 0.0)
     layers.append((last, False, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 0.0, (0.0, 0.0), (0.0, 0.0), 0,
                    len(load.dense_grads[-1])))
@@ -164,10 +184,9 @@ def predict(load: Workload, cost: CostModel, *, transport: str = "c10d", schedul
 
 def _experts(layer: LayerLoad, cost: CostModel) -> tuple[Any, ...]:
     found, out, back = layer.expert_pass(cost), layer.out_bytes(), layer.back_bytes()
-    return (True, (0.0, 0.0), (found.forward.alpha_s, found.forward.beta_s),
-            (found.backward.alpha_s, found.backward.beta_s), layer.own_pairs, layer.remote_pairs,
-            (layer.rows * out[0], layer.rows * out[1]), (layer.rows * back[0], layer.rows * back[1]),
-            layer.expert_bytes)
+    return ((found.forward.alpha_s, found.forward.beta_s), (found.backward.alpha_s, found.backward.beta_s),
+            layer.own_pairs, layer.remote_pairs, (layer.rows * out[0], layer.rows * out[1]),
+            (layer.rows * back[0], layer.rows * back[1]), layer.expert_bytes)
 
 
 def calibrate(load: Workload, cost: CostModel, transport: str) -> Workload:
@@ -176,8 +195,7 @@ def calibrate(load: Workload, cost: CostModel, transport: str) -> Workload:
     Raises:
         ValueError: as :func:`predict`.
     """
-    a2a = links(cost, transport, "plain", ep=load.ep, world=load.world)[0]
-    forward = max(0.0, load.forward_s - sum(pipeline(layer, cost, a2a, 0, 1) for layer in load.layers))
+    forward = max(0.0, load.forward_s - layers_s(load, cost, transport, 0, 1))
     backward = 0.0
     for _ in range(12):        # the step grows with it by 1 or less, so this ends below the answer or at it
         made = dataclasses.replace(load, dense_s=(forward, backward))
@@ -190,11 +208,9 @@ def calibrate(load: Workload, cost: CostModel, transport: str) -> Workload:
 
 def best_degree(load: Workload, cost: CostModel, transport: str, most: int) -> tuple[int, int]:
     """The fewest passes, forward and backward, that all layers together are as good as fastest in."""
-    a2a = links(cost, transport, "plain", ep=load.ep, world=load.world)[0]
     found = []
     for way in range(2):
-        times = {r: sum(pipeline(layer, cost, a2a, way, r) for layer in load.layers)
-                 for r in range(1, most + 1)}
+        times = {r: layers_s(load, cost, transport, way, r) for r in range(1, most + 1)}
         least = min(times.values())
         found.append(next(r for r, s in times.items() if s * (1 - WORTH) <= least))
     return found[0], found[1]

@@ -24,7 +24,7 @@ from torch import Tensor
 from lina import ops, tracing
 from lina.parallel.plan.observe import saw_rows
 from lina.parallel.tokens.header import FIRST, check, facts, said
-from lina.parallel.transport.base import Transport, failure, gate
+from lina.parallel.transport.base import Transport, failure, gate, to_host
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def _plan(expert_TK: Tensor, experts: int, numbers: tuple[int, ...], group: dist
     theirs = torch.empty_like(mine)
     with tracing.span("a2a", "dispatch counts", bytes=mine.nbytes):
         _all_to_all("dispatch", theirs, mine, None, None, group)
-    lines = torch.cat([theirs[:, :FIRST + 1], mine[:, FIRST:FIRST + 1]], 1).tolist()
+    both = torch.cat([theirs[:, :FIRST + 1], mine[:, FIRST:FIRST + 1]], 1)
+    lines = to_host("dispatch", both, group)().tolist()
     check(lines)
     received, sent = ([line[FIRST + i] for line in lines] for i in range(2))
     saw_rows(sent, received, group.rank())

@@ -8,6 +8,7 @@ micro-ops (gradients/queue.py) start only while no all-to-all is queued, running
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,6 +18,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lina import tracing
+from lina.parallel.mesh import seconds_of
+
+_SPIN_S = 0.02         # on the host, before it sleeps: longer than a GPU takes that is not held up
 
 
 class Pending(Protocol):
@@ -138,6 +144,34 @@ class Watcher(Protocol):
 
 
 gate = Gate()
+
+
+def to_host(label: str, values: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Queues one copy of ``values`` to the host; the function returned waits for it, and gives it.
+
+    torch's own waits end with the process, about a minute after the group's timeout: torch's watchdog
+    collects traces first. So this one looks at the clock.
+
+    Raises:
+        RuntimeError: from that function: what the values depend on has not come within the group's timeout.
+    """
+    if not values.is_cuda:
+        return lambda: values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> Tensor:
+        start = time.monotonic()
+        with tracing.span("a2a", f"{label}: wait", device=values.device):
+            while not copied.query():
+                waited = time.monotonic() - start
+                if waited > seconds_of(group):
+                    raise failure(label, group, TimeoutError(f"no answer for {waited:.0f} s"))
+                time.sleep(1e-4 if waited > _SPIN_S else 0)        # 0: lets other threads have their turn
+        return host
+    return arrived
 
 
 def failure(label: str, group: dist.ProcessGroup, error: BaseException) -> RuntimeError:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import tracing
-from lina.parallel.transport.base import Pending, Transport, failure, gate
+from lina.parallel.transport.base import Pending, Transport, failure, gate, to_host
 
 
 class C10d(Transport):
@@ -29,17 +29,7 @@ class C10d(Transport):
                 return torch.stack([mine, theirs])
             return read
         pending.wait()
-        both = torch.stack([mine, theirs])
-        host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-        host.copy_(both, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def arrived() -> Tensor:
-            with tracing.span("a2a", f"{label}: wait", device=mine.device):
-                copied.synchronize()
-            return host
-        return arrived
+        return to_host(label, torch.stack([mine, theirs]), self.group)
 
     def start(self, label: str, out: Tensor, inp: Tensor, out_splits: list[int],
               in_splits: list[int]) -> Pending:

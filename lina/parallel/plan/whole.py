@@ -1,0 +1,86 @@
+"""From times of whole spread layers to lines of what they take beside exchanges and experts.
+
+That rest is packing, gathering and combining, which grow with the tokens' bytes, and the host's work
+where it shows: transports that read counts wait for the device in each forward pass.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lina.parallel.plan.cost import CostModel
+from lina.parallel.plan.lines import LayerLine, Line, Point
+from lina.parallel.plan.predict import LayerLoad, pipeline
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """A whole layer, measured: ``forward`` and ``backward`` by bytes of its tokens, in ``degree`` passes
+    each way."""
+
+    load: LayerLoad
+    degree: int
+    forward: Point
+    backward: Point
+
+
+def layer_lines(cost: CostModel, transport: str, times: Sequence[LayerTimes]) -> tuple[LayerLine, LayerLine]:
+    """Forward and backward: the rest of layers over ``transport``, whose exchanges ``cost`` has.
+
+    Source: least squares as csrc/plan/link.h, of errors relative to the whole layer's time, for the rest
+    is a difference of times and may be nothing; no term is negative.
+
+    Raises:
+        ValueError: fewer than two sizes in one pass; a link or a dtype of experts was not measured.
+    """
+    a2a = cost.line("a2a", transport)
+    return _fitted(cost, a2a, times, 0), _fitted(cost, a2a, times, 1)
+
+
+def _fitted(cost: CostModel, a2a: Line, times: Sequence[LayerTimes], way: int) -> LayerLine:
+    whole: dict[tuple[float, int], Point] = {}
+    rest: dict[tuple[float, int], Point] = {}
+    for t in times:
+        point = (t.forward, t.backward)[way]
+        known = pipeline(t.load, cost, a2a, way, t.degree)
+        whole[point.n, t.degree] = point
+        rest[point.n, t.degree] = replace(point, time_s=point.time_s - known, low_s=point.low_s - known,
+                                          high_s=point.high_s - known)
+    once = [n for n, degree in rest if degree == 1]
+    if len(set(once)) < 2:
+        raise ValueError(f"layers: {len(set(once))} sizes in one pass, at least 2 needed")
+    points = [rest[n, 1] for n in once]
+    took = [whole[n, 1].time_s for n in once]
+    alpha, beta = _least(points, took)
+    more = [(degree - 1, (rest[n, degree].time_s - rest[n, 1].time_s), whole[n, degree].time_s)
+            for n, degree in rest if degree > 1 and (n, 1) in rest]
+    passes = sum((k / w) ** 2 for k, _, w in more)
+    pass_s = max(0.0, sum(k * s / w**2 for k, s, w in more) / passes) if passes else 0.0
+    level = sum(1 / w for w in took) / sum(1 / w**2 for w in took)         # the best constant
+    spread = sum((1 - level / w) ** 2 for w in took)
+    errors = sum(((alpha + beta * p.n - p.time_s) / w) ** 2 for p, w in zip(points, took, strict=True))
+    r2 = max(0.0, 1 - errors / spread) if spread > 1e-28 * len(took) else 1.0
+    return LayerLine(alpha, beta, r2, tuple(points), pass_s, tuple(took))
+
+
+def _least(points: Sequence[Point], whole: Sequence[float]) -> tuple[float, float]:
+    """(alpha, beta), neither negative, of least squared errors in parts of ``whole``."""
+    u = [1 / w for w in whole]
+    v = [p.n / w for p, w in zip(points, whole, strict=True)]
+    y = [p.time_s / w for p, w in zip(points, whole, strict=True)]
+    uu, uv, vv, uy, vy = (sum(map(float.__mul__, a, b)) for a, b in ((u, u), (u, v), (v, v), (u, y), (v, y)))
+    det = uu * vv - uv * uv
+    alpha, beta = (vv * uy - uv * vy) / det, (uu * vy - uv * uy) / det
+    if alpha >= 0 and beta >= 0:
+        return alpha, beta
+    def error(end: tuple[float, float]) -> float:
+        return sum((end[0] * a + end[1] * b - c) ** 2 for a, b, c in zip(u, v, y, strict=True))
+
+    return min(((max(0.0, uy / uu), 0.0), (0.0, max(0.0, vy / vv))), key=error)      # it lies on an axis
+
+
+def point_of(n: float, seconds: Sequence[float]) -> Point:
+    """Median and range of repetitions."""
+    return Point(n, statistics.median(seconds), min(seconds), max(seconds))

@@ -1,0 +1,75 @@
+"""Whole spread layers: what they take beside exchanges and experts is found again, and shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from lina.parallel import (
+    CostModel,
+    ExpertPass,
+    ExpertShape,
+    LayerLine,
+    LayerLoad,
+    LayerTimes,
+    Line,
+    Point,
+    layer_lines,
+    machine_facts,
+)
+from lina.parallel.plan.predict import pipeline
+
+LINK, PASS = Line(1e-4, 1e-9, 1.0), Line(1e-5, 1e-8, 1.0)
+MODEL = CostModel(machine_facts(), "cpu", 2, 2, {("a2a", "c10d"): LINK},
+                  (ExpertPass(ExpertShape(64, 32, 4), PASS, PASS),),
+                  layers={"c10d": (LayerLine(1e-3, 1e-9, 0.5, (), 4e-4), LayerLine(2e-3, 0.0, 1.0))})
+REST, MORE = Line(3e-4, 2e-9, 1.0), 1e-4       # a layer's beside exchanges and experts; of each pass more
+
+
+def layer_times(rest=REST, more=MORE, cases=((64, 1), (64, 2), (64, 3), (1024, 1), (1024, 3), (8192, 1))):
+    """A layer's by the cost model, and that; tokens of 64 floats."""
+    model = MODEL
+    link, found = model.line("a2a", "c10d"), []
+    for tokens, degree in cases:
+        layer = LayerLoad("layer", 8, 2, 64, 32, 4, "float32", "swiglu", tokens, 0, 0, 0, 0, 0).spread(2)
+        n = 256.0 * tokens
+        took = [pipeline(layer, model, link, way, degree) + (1 + way) * (rest.time(n) + (degree - 1) * more)
+                for way in range(2)]
+        found.append(LayerTimes(layer, degree, *(Point(n, s, 0.9 * s, 1.1 * s) for s in took)))
+    return model, found
+
+
+def test_the_rest_of_a_synthetic_layer_is_recovered():
+    model, found = layer_times()
+    for way, line in enumerate(layer_lines(model, "c10d", found)):
+        assert line.alpha_s == pytest.approx((1 + way) * REST.alpha_s, rel=1e-6)
+        assert line.beta_s == pytest.approx((1 + way) * REST.beta_s, rel=1e-6)
+        assert line.pass_s == pytest.approx((1 + way) * MORE, rel=1e-6)
+        assert line.r2 == pytest.approx(1) and line.off < 1e-9
+        assert [p.n for p in line.points] == [256.0 * 64, 256.0 * 1024, 256.0 * 8192]
+        for p, whole in zip(line.points, line.whole_s, strict=True):
+            assert p.high_s - p.low_s == pytest.approx(0.2 * whole) and 0 < p.time_s < whole
+        assert line.rest(1e6, 3) == pytest.approx((1 + way) * (REST.time(1e6) + 2 * MORE), rel=1e-6)
+
+
+@pytest.mark.parametrize("rest,more,alpha,beta", [
+    (Line(-1e-6, 0.0, 1.0), -1e-3, 0, 0),                  # faster than the model, and passes more so
+    (Line(1e-4, -1e-13, 1.0), 0.0, 1e-4, 0),               # a constant but for rounding
+    (Line(-1e-7, 1e-9, 1.0), 0.0, 0, 1e-9),
+])
+def test_no_term_of_the_rest_is_negative(rest, more, alpha, beta):
+    model, found = layer_times(rest, more)
+    line = layer_lines(model, "c10d", found)[0]
+    assert line.pass_s == 0 and line.alpha_s == pytest.approx(alpha, rel=0.01)
+    assert line.beta_s == pytest.approx(beta, rel=0.01)
+
+
+def test_layers_of_one_size_make_no_line():
+    model, found = layer_times(cases=((64, 1), (64, 2)))
+    with pytest.raises(ValueError, match="layers: 1 sizes in one pass, at least 2 needed"):
+        layer_lines(model, "c10d", found)
+
+
+def test_layers_are_shown():
+    text = MODEL.describe()
+    assert "layer_fwd   c10d +400 us a pass" in text and "layer_bwd   c10d +0 us a pass" in text
+    assert "warning: layer_fwd c10d +400 us a pass: r2 = 0.500" in text
