@@ -7,8 +7,8 @@ Forward, backward and fused AdamW in bf16. Every FFN is a layer of experts; fewe
 model has (--layers) take as much less of its vocabulary. Designs, by name@forward/backward passes:
 `torch`: torch's DDP with its default hook on the dense part, experts by the plain all-to-all of bench_ep.py
 (`torch-select` likewise); `plain`: lina.ddp(schedule="plain") over c10d; `c10d`, `nccl`, `p2p`:
-schedule="lina" over that transport; `packed`: the same after lina.regroup has moved all experts to each rank;
-`auto`: schedule="auto", which may move them too.
+schedule="lina" over that transport; `packed`: the same with all experts on every rank (lina.regroup,
+before the model is wrapped); `auto`: schedule="auto", which may move experts too.
 
 Before a design is timed: in float32, on a small model, its gradients equal the first design's but for
 rounding, and so do the losses of five steps; in bf16, on the timed model, the losses of five steps (bounds:
@@ -118,8 +118,9 @@ class Bench:
         """What the plan of `auto` predicts for the designs that were timed."""
         for label, name, degree in designs(",".join(rows)):
             way = ("c10d", "plain", (1, 1)) if name == "plain" else (name, "lina", degree)
-            trials = [t for t in self.plan.trials if (t.transport, t.schedule, t.degree) == way]
-            if trials and trials[0].ep == self.plan.load.ep:
+            trials = [t for t in self.plan.trials if (t.transport, t.schedule, t.degree) == way
+                      and t.ep == self.plan.load.ep]
+            if trials:
                 took = rows[label]["step"]["median"]
                 rows[label]["planned_s"] = s = min(t.step_s for t in trials)
                 say(f"planned {label:13s} {s * 1e3:8.2f} ms, measured {took * 1e3:8.2f}: {s / took - 1:+.1%}")

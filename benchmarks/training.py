@@ -50,6 +50,8 @@ class Trainer:
         chosen.tokens = tokens if name == "p2p" or (name == "auto" and near) else None
         torch.manual_seed(1)
         self.model = GPT(p, mesh, device, dtype)
+        if name == "packed":
+            mesh = lina.regroup(self.model, None, 1)
         self.batch = batch(p, device, tokens)
         self.hook: lina.HookState | None = None
         self.experts = parallel.expert_parameters(self.model)
@@ -66,8 +68,6 @@ class Trainer:
             self._load()
             self.hook = lina.HookState(mesh)
             self.wrapped = lina.ddp(self.model, mesh, schedule="lina", degree=degree, hook=self.hook)
-        if name == "packed":
-            lina.regroup(self.wrapped, self.optimizer, 1)
 
     def _load(self) -> None:
         """A kernel that is launched for the first time while gradients wait on the device may stop the host:
