@@ -31,7 +31,7 @@ from lina.parallel.mesh import groups, local_count
 from lina.parallel.plan.observe import saw_layer
 from lina.parallel.settings import chosen, settings
 from lina.parallel.tokens import p2p, padded
-from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, router_gradient, unpack
+from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
 from lina.parallel.tokens.header import facts
 from lina.parallel.tokens.layout import Layout, found_in
 from lina.parallel.tokens.passes import Job, plan, run
@@ -174,8 +174,8 @@ class _Spread(torch.autograd.Function):
                 w_down: Tensor, b_down: Tensor | None, expert_TK: Tensor, job: Job) -> Tensor:
         out_TD, lays, passes = _forward(x_TD, weight_TK, expert_TK, [w_up, b_up, w_down, b_down], job, True)
         last = lays[-1]
-        ctx.save_for_backward(x_TD, weight_TK, w_up, w_down, b_down, expert_TK, last.token_S, last.row_TR,
-                              *(t for p in passes for t in p))
+        kept = (t for p in passes for t in p)
+        ctx.save_for_backward(w_up, w_down, b_down, last.token_S, last.row_TR, *kept)
         nothing = x_TD.new_empty(0)          # tensors are saved above, where checkpoints see them
         ctx.job, ctx.lays = job, [replace(lay, token_S=nothing, row_TR=nothing) for lay in lays]
         return out_TD
@@ -184,24 +184,24 @@ class _Spread(torch.autograd.Function):
     @ops.once
     def backward(ctx: Any, saved: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         width = len(_Pass._fields)
-        passes = [_Pass(*saved[i:i + width]) for i in range(8, len(saved), width)]
-        lays = [ctx.lays[0], replace(ctx.lays[-1], token_S=saved[6], row_TR=saved[7])]
-        gradients = _backward(dout_TD.contiguous(), saved[:6], lays, passes, ctx.job, ctx.needs_input_grad)
+        passes = [_Pass(*saved[i:i + width]) for i in range(5, len(saved), width)]
+        lays = [ctx.lays[0], replace(ctx.lays[-1], token_S=saved[3], row_TR=saved[4])]
+        gradients = _backward(dout_TD.contiguous(), saved[:3], lays, passes, ctx.job, ctx.needs_input_grad)
         return *gradients, None, None
 
 
 def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pass], job: Job,
               need: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of x, weight, w_up, b_up, w_down, b_down, as far as needed."""
-    x_TD, weight_TK, w_up, w_down, b_down, expert_TK = saved
-    lay, (T, D), K = lays[1], x_TD.shape, expert_TK.shape[1]
-    S, dtypes = lay.S, (x_TD.dtype, weight_TK.dtype)
+    w_up, w_down, b_down = saved
+    lay, (T, D), K = lays[1], dout_TD.shape, passes[0].weight.shape[1]
+    S, dtypes = lay.S, (dout_TD.dtype, passes[0].weight.dtype)
     returned = [(i, width) for i, width in enumerate((D, K)) if need[i]]     # of dx, dweight: what is needed
     mask = ops.moe_needs(*need[:6])
     total: list[Tensor | None] = [None] * 4
     with ahead(job.transport):
         # rows that come back, then own ones: dx [S + T, D], dweight [S + T, K]
-        rows = [x_TD.new_empty(S + T, width, dtype=dtypes[i]) for i, width in returned]
+        rows = [dout_TD.new_empty(S + T, width, dtype=dtypes[i]) for i, width in returned]
         if lays[0].parts != lay.parts:
             passes = _regrouped(lays[0], lay, passes, job)
         packed = [pack(*(r.new_empty(0, r.shape[1]) for r in rows))] if rows else []
@@ -229,9 +229,8 @@ def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pas
             for whole, part in zip(rows, arrived, strict=True):
                 whole[:S] = part
     found: list[Tensor | None] = [None, None]
-    for (i, _), whole in zip(returned, rows, strict=True):
-        found[i] = torch.ops.lina.combine_fwd(whole, None, lay.row_TR) if i == 0 else router_gradient(
-            whole, expert_TK, lay.row_TR, job.experts)
+    for (i, _), whole in zip(returned, rows, strict=True):      # a rank's dweight is 0 where it has no expert
+        found[i] = torch.ops.lina.combine_fwd(whole, None, lay.row_TR)
     return [*found, *total]
 
 
