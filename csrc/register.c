@@ -31,9 +31,9 @@ static const struct {
     {"experts_bwd",
      "experts_bwd(Tensor dy, Tensor? weight, Tensor x, Tensor h, Tensor offset, "
      "Tensor row_pair, Tensor pair_row, Tensor w_up, Tensor w_down, Tensor? b_down, "
-     "int activation, bool interleaved, float alpha, float limit, int need) "
+     "Tensor? dh, Tensor? a, int activation, bool interleaved, float alpha, float limit, int need) "
      "-> (Tensor dx, Tensor dweight, Tensor dw_up, Tensor db_up, Tensor dw_down, "
-     "Tensor db_down)",
+     "Tensor db_down, Tensor dh_kept, Tensor a_kept)",
      lina_experts_bwd_boxed},
     {"combine_fwd", "combine_fwd(Tensor y, Tensor? weight, Tensor pair_row) -> Tensor",
      lina_combine_fwd_boxed},

@@ -107,12 +107,17 @@ static void draw_experts(bool backward) {
   if (!backward) optional(MAYBE(SHAPED(x_dtype, E, U)));
   tensor(SHAPED(x_dtype, E, D, F));
   optional(MAYBE(SHAPED(x_dtype, E, D)));
+  const bool kept = backward && once_in(3);
+  if (backward) {
+    optional(kept ? SHAPED(x_dtype, rows, U) : NULL);
+    optional(kept ? SHAPED(x_dtype, rows, F) : NULL);
+  }
   if (!backward) integer(K);
   integer(activation);
   boolean(between(0, 1));
   real(any_double()), real(any_double());
   if (backward)
-    integer(between(0, 63));
+    integer(between(0, 127) & (kept ? ~66 : 127));
   else
     boolean(between(0, 1));
 }

@@ -87,8 +87,8 @@ def test_rows_of_present_pairs_alone(device, chosen):
             )
             grads = torch.ops.lina.experts_bwd(
                 v["x"], v["weight"], v["x"], h, rows.offset_E1, row_pair, rows.pair_row_TK, up[0], *down,
-                *OPTIONS, need,
-            )  # fmt: skip
+                None, None, *OPTIONS, need,
+            )[:6]  # fmt: skip
             found.append((y[:n], h[:n], *grads))
         assert y.shape[0] == n
         for got, want in zip(*found, strict=True):
@@ -234,7 +234,7 @@ def forward_args(v, rows):
 
 def backward_args(dy, v, rows, h):
     """Of its backward: all six gradients."""
-    return dy, v["weight"], v["x"], h, *rows, v["w_up"], v["w_down"], v["b_down"], *OPTIONS, 63
+    return dy, v["weight"], v["x"], h, *rows, v["w_up"], v["w_down"], v["b_down"], None, None, *OPTIONS, 63
 
 
 @pytest.mark.parametrize("dtype, transposed", [(torch.float32, True), (torch.bfloat16, False)])
@@ -246,6 +246,23 @@ def test_opcheck(device, dtype, transposed):
     torch.library.opcheck(torch.ops.lina.experts_bwd, backward_args(dy, v, rows, h), test_utils=OPCHECKS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [70, 0])
+def test_backward_in_two_calls(device, dtype, T):
+    """First what travels, then the weights' gradients from what that has kept: the bits of one call."""
+    for transposed in (False, True):
+        case = Case(T, 16, 8, 4, 2, dtype, device, transposed=transposed)
+        v, rows, h = raw(case)
+        args = backward_args(case.dout.to(device=device, dtype=dtype), v, rows, h)[:-1]
+        one = torch.ops.lina.experts_bwd(*args, 63)
+        first = torch.ops.lina.experts_bwd(*args, 1 | 2 | 64)
+        later = torch.ops.lina.experts_bwd(*args[:10], *first[6:], *args[12:], 63 - 1 - 2)
+        assert first[6].shape == (len(rows.row_pair_N), 16) and first[7].shape == (len(rows.row_pair_N), 8)
+        assert [t.numel() for t in (*first[2:6], *later[:2], *later[6:])] == [0] * 8
+        for want, got in zip(one[:6], (*first[:2], *later[2:6]), strict=True):
+            assert torch.equal(want, got)
+
+
 def test_fake_layouts(device):
     """The fake's shapes, dtypes and strides are the operator's, for every need and layout."""
     from torch._subclasses import FakeTensorMode
@@ -254,8 +271,8 @@ def test_fake_layouts(device):
         v, rows, h = raw(Case(6, 16, 8, 4, 2, torch.float32, device, transposed=transposed))
         gapped = torch.zeros(4, 16, 32, device=device)[..., :16]  # dense rows, with gaps between them
         for w_up in (v["w_up"], gapped, gapped[..., ::2].repeat_interleave(2, -1).permute(0, 2, 1)):
-            for need in (0, 1, 63, 0b000100, 0b101010):
-                args = (v["x"], v["weight"], v["x"], h, *rows, w_up, v["w_down"], None, *OPTIONS, need)
+            for need in (0, 1, 63, 0b000100, 0b101010, 0b1000011, 127):
+                args = (v["x"], v["weight"], v["x"], h, *rows, w_up, v["w_down"], *[None] * 3, *OPTIONS, need)
                 real = torch.ops.lina.experts_bwd(*args)
                 with FakeTensorMode() as mode:
                     fake = torch.ops.lina.experts_bwd(

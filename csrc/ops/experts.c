@@ -189,6 +189,15 @@ static int check_bwd(const char *op, const lina_experts_bwd *p) {
     LINA_FAIL(LINA_EINVAL, "%s: need asks for dweight, but weight is None", op);
   if (p->b_down.handle)
     LINA_TRY(check_matrix(op, "b_down", &p->b_down, &p->x, s->dtype, s->E, s->D));
+  if (!p->kept_dh.handle != !p->kept_a.handle)
+    LINA_FAIL(LINA_EINVAL, "%s: one of dh and a is None, both or neither must be", op);
+  if (p->kept_dh.handle) {
+    LINA_TRY(check_matrix(op, "dh", &p->kept_dh, &p->x, s->dtype, s->N, s->U));
+    LINA_TRY(check_matrix(op, "a", &p->kept_a, &p->x, s->dtype, s->N, s->F));
+    if (p->need & (LINA_NEED_DWEIGHT | LINA_NEED_KEPT))
+      LINA_FAIL(LINA_EINVAL, "%s: need is %d, must be without %d and %d where dh and a are given",
+                op, p->need, LINA_NEED_DWEIGHT, LINA_NEED_KEPT);
+  }
   rc = LINA_OK;
 done:
   return rc;
@@ -198,25 +207,26 @@ void lina_experts_bwd_boxed(lina_value *stack, uint64_t nargs, uint64_t nouts) {
   (void)nargs, (void)nouts;
   static const char op[] = "experts_bwd";
   lina_experts_bwd p = {0};
-  lina_tensor *const in[] = {&p.dy,       &p.weight,   &p.x,    &p.h,      &p.offset,
-                             &p.row_pair, &p.pair_row, &p.w_up, &p.w_down, &p.b_down};
-  lina_tensor *const out[] = {&p.dx, &p.dweight, &p.dw_up, &p.db_up, &p.dw_down, &p.db_down};
+  lina_tensor *const in[] = {&p.dy,       &p.weight, &p.x,      &p.h,      &p.offset,  &p.row_pair,
+                             &p.pair_row, &p.w_up,   &p.w_down, &p.b_down, &p.kept_dh, &p.kept_a};
+  lina_tensor *const out[] = {&p.dx,      &p.dweight, &p.dw_up, &p.db_up,
+                              &p.dw_down, &p.db_down, &p.dh,    &p.a};
   enum { IN = sizeof in / sizeof *in, OUT = sizeof out / sizeof *out };
   lina_scope scope = {0};
-  int64_t activation = lina_take_int(stack[10]), need = lina_take_int(stack[14]), none = 0;
+  int64_t activation = lina_take_int(stack[12]), need = lina_take_int(stack[16]), none = 0;
   int rc = LINA_OK;
   for (int i = 0; i < IN; i++) {
-    bool optional = in[i] == &p.weight || in[i] == &p.b_down;
+    bool optional = in[i] == &p.weight || in[i] == &p.b_down || i >= IN - 2;
     int one = optional ? lina_take_optional(stack[i], in[i]) : lina_take(stack[i], in[i]);
     if (rc == LINA_OK) rc = one;
   }
   if (rc != LINA_OK) goto done;
   LINA_TRY(check_activation(op, activation, &p.s));
-  p.s.interleaved = lina_take_bool(stack[11]);
-  p.s.alpha = lina_take_double(stack[12]);
-  p.s.limit = lina_take_double(stack[13]);
-  if (need < 0 || need > 63)
-    LINA_FAIL(LINA_EINVAL, "%s: need is %lld, must be 0 to 63", op, (long long)need);
+  p.s.interleaved = lina_take_bool(stack[13]);
+  p.s.alpha = lina_take_double(stack[14]);
+  p.s.limit = lina_take_double(stack[15]);
+  if (need < 0 || need > 127)
+    LINA_FAIL(LINA_EINVAL, "%s: need is %lld, must be 0 to 127", op, (long long)need);
   p.need = (int)need;
   LINA_TRY(check_vector(op, "pair_row", &p.pair_row, &p.x, 2, LINA_I32));
   p.s.K = p.pair_row.size[1];

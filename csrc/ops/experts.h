@@ -23,7 +23,9 @@
  *   dx[t,:]    = sum_k (dh @ w_up[e])[pair_row[t,k], :]
  *   dweight[p] = <dout[t] @ w_down[e], a[r]> + <dout[t], b_down[e]>
  *                so that y need not be saved; 0 for absent pairs
- * Saved between the passes: x and h.
+ * Saved between the passes: x and h. Backward may be had in two calls, so that dx travels
+ * while the weights' gradients are computed: the first keeps dh and a, scaled by w, the second
+ * is given them and computes no other dh; dweight is the first one's.
  *
  *   x       in  [T,D]    f32, bf16, f16, or (CPU only) f64
  *   offset  in  [E+1] i32;  row_pair in [N] i32;  pair_row in [T,K] i32 (sort.h)

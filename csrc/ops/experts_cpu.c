@@ -123,6 +123,10 @@ static int allocate(lina_experts_bwd *p) {
     prefer_huge_pages(&p->dw_down);
   }
   if (p->need & LINA_NEED_DB_DOWN) LINA_TRY(scratch(&p->db_down, s->dtype, &p->x, s->E, s->D));
+  if (p->need & LINA_NEED_KEPT) {
+    LINA_TRY(scratch(&p->dh, s->dtype, &p->x, s->N, s->U));
+    LINA_TRY(scratch(&p->a, s->dtype, &p->x, s->N, s->F));
+  }
 done:
   return rc;
 }
@@ -130,10 +134,17 @@ done:
 /* Scratch for the rows of one expert at a time; dx_rows holds those of all. */
 typedef struct { lina_tensor x, dy, da, dh, a, dx_rows; } buffers;
 
+static void copy_rows(void *to, int64_t to_row, const void *from, int64_t from_row, int64_t n,
+                      int64_t width, int dtype) {
+  memcpy(lina_at_mutable(to, dtype, to_row * width), lina_at(from, dtype, from_row * width),
+         (size_t)(n * width * lina_dtype_bytes(dtype)));
+}
+
 static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first, int64_t n) {
   const lina_experts_shape *s = &p->s;
   const int32_t *row_pair = (const int32_t *)p->row_pair.data + first;
-  const int inner = LINA_NEED_DX | LINA_NEED_DWEIGHT | LINA_NEED_DW_UP | LINA_NEED_DB_UP;
+  const int inner =
+      LINA_NEED_DX | LINA_NEED_DWEIGHT | LINA_NEED_DW_UP | LINA_NEED_DB_UP | LINA_NEED_KEPT;
   int rc;
   lina_matrix dy = rows_of(p->dy.data, s->dtype, first, n, s->D);
   lina_matrix da = rows_of(b->da.data, s->dtype, 0, n, s->F);
@@ -147,8 +158,11 @@ static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first,
     else
       memcpy(dy.data, rows, (size_t)(n * s->D * lina_dtype_bytes(s->dtype)));
   }
-  if (p->need & inner) LINA_TRY(lina_mm(da, dy, slice(&p->w_down, e), s->dtype));
-  if (p->need & (inner | LINA_NEED_DW_DOWN)) {
+  if (p->kept_dh.handle) {
+    copy_rows(dh.data, 0, p->kept_dh.data, first, n, s->U, s->dtype);
+    copy_rows(a.data, 0, p->kept_a.data, first, n, s->F, s->dtype);
+  } else if (p->need & (inner | LINA_NEED_DW_DOWN)) {
+    if (p->need & inner) LINA_TRY(lina_mm(da, dy, slice(&p->w_down, e), s->dtype));
     lina_activate_bwd_rows_args args = {
         .s = s,
         .n = n,
@@ -159,9 +173,13 @@ static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first,
         .b_down = p->b_down.handle ? lina_at(p->b_down.data, s->dtype, e * s->D) : NULL,
         .weight = p->weight.handle ? p->weight.data : NULL,
         .dh = dh.data,
-        .a = p->need & LINA_NEED_DW_DOWN ? a.data : NULL,
+        .a = p->need & (LINA_NEED_DW_DOWN | LINA_NEED_KEPT) ? a.data : NULL,
         .dweight = p->need & LINA_NEED_DWEIGHT ? p->dweight.data : NULL};
     LINA_TRY(lina_activate_bwd_rows(&args));
+  }
+  if (p->need & LINA_NEED_KEPT) {
+    copy_rows(p->dh.data, first, dh.data, 0, n, s->U, s->dtype);
+    copy_rows(p->a.data, first, a.data, 0, n, s->F, s->dtype);
   }
   if (p->need & LINA_NEED_DW_DOWN)
     LINA_TRY(lina_mm(slice(&p->dw_down, e), lina_transposed(dy), a, s->dtype));

@@ -16,7 +16,8 @@ enum {
   LINA_NEED_DW_UP = 4,
   LINA_NEED_DB_UP = 8,
   LINA_NEED_DW_DOWN = 16,
-  LINA_NEED_DB_DOWN = 32
+  LINA_NEED_DB_DOWN = 32,
+  LINA_NEED_KEPT = 64 /* dh and a, from which the weights' gradients can be had later */
 };
 
 typedef struct {
@@ -30,7 +31,8 @@ typedef struct {
   lina_experts_shape s;
   int need;                                           /* LINA_NEED_* */
   lina_tensor dy, weight, x, h, offset, row_pair, pair_row, w_up, w_down, b_down;
-  lina_tensor dx, dweight, dw_up, db_up, dw_down, db_down;
+  lina_tensor kept_dh, kept_a;                        /* of an earlier call, or neither */
+  lina_tensor dx, dweight, dw_up, db_up, dw_down, db_down, dh, a;
 } lina_experts_bwd;
 
 /* LINA_ENOTSUP where float64 comes to CUDA; otherwise what experts.h says. */

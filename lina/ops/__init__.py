@@ -8,7 +8,7 @@ plain PyTorch in ``lina.reference``.
 from lina.ops.combine import combine
 from lina.ops.dispatch import CHUNKS, COLUMNS, MAX_DEGREE, MAX_RANKS, Dispatch, dispatch_layout
 from lina.ops.dtypes import FLOATS, sum_dtype
-from lina.ops.experts import ACTIVATIONS, GATED, experts
+from lina.ops.experts import ACTIVATIONS, GATED, NEED_KEPT, experts
 from lina.ops.gate import Routing, balance_loss, check_gate, gate, jitter, update_bias
 from lina.ops.moe import moe, moe_arguments, moe_needs
 from lina.ops.once import needs_grad, once
@@ -23,6 +23,7 @@ __all__ = [
     "MAX_DEGREE",
     "MAX_EXPERTS",
     "MAX_RANKS",
+    "NEED_KEPT",
     "Dispatch",
     "Routing",
     "Rows",

@@ -21,7 +21,9 @@ ACTIVATIONS = {
         (*GATED, "gelu", "relu", "relu2", "silu")
     )
 }
-NEED_DX, NEED_DWEIGHT, NEED_DW_UP, NEED_DB_UP, NEED_DW_DOWN, NEED_DB_DOWN = (1 << i for i in range(6))
+NEED_DX, NEED_DWEIGHT, NEED_DW_UP, NEED_DB_UP, NEED_DW_DOWN, NEED_DB_DOWN, NEED_KEPT = (
+    1 << i for i in range(7)
+)
 
 
 def experts(
@@ -190,8 +192,8 @@ class _Experts(torch.autograd.Function):
         )
         x_TD, h_NU, offset, row_pair, pair_row, w_up, w_down = saved
         dx, _, *dw = torch.ops.lina.experts_bwd(
-            dy_ND, None, x_TD, h_NU, offset, row_pair, pair_row, w_up, w_down, None, *ctx.options, mask
-        )
+            dy_ND, None, x_TD, h_NU, offset, row_pair, pair_row, w_up, w_down, *[None] * 3, *ctx.options, mask
+        )[:6]
         return wanted(need, (dx, None, None, None, *dw, None))
 
 
@@ -222,6 +224,8 @@ def _fake_bwd(
     w_up,
     w_down,
     b_down,
+    dh,
+    a,
     activation,
     interleaved,
     alpha,
@@ -229,7 +233,7 @@ def _fake_bwd(
     need,
 ):
     indices = dict(offset=offset, row_pair=row_pair, pair_row=pair_row)
-    values = dict(dy=dy, weight=weight, h=h, w_up=w_up, w_down=w_down, b_down=b_down)
+    values = dict(dy=dy, weight=weight, h=h, w_up=w_up, w_down=w_down, b_down=b_down, dh=dh, a=a)
     check_devices("experts_bwd", x, **indices, **values)
     acc = sum_dtype(x.dtype)
     E, U, D = w_up.shape
@@ -247,6 +251,8 @@ def _fake_bwd(
         out(NEED_DB_UP, (E, U)),
         like(NEED_DW_DOWN, w_down),
         out(NEED_DB_DOWN, (E, D)),
+        out(NEED_KEPT, (row_pair.shape[0], U)),
+        out(NEED_KEPT, (row_pair.shape[0], w_down.shape[2])),
     )
 
 

@@ -133,5 +133,5 @@ class _MoE(torch.autograd.Function):
     def backward(ctx, saved, dout_TD):
         need = ctx.needs_input_grad
         mask = moe_needs(need[0], need[1], *need[5:9])
-        dx, dweight, *dw = torch.ops.lina.experts_bwd(dout_TD, *saved, *ctx.options, mask)
+        dx, dweight, *dw = torch.ops.lina.experts_bwd(dout_TD, *saved, None, None, *ctx.options, mask)[:6]
         return wanted(need, (dx, dweight, None, None, None, *dw, None))

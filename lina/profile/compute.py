@@ -72,7 +72,7 @@ class Experts:
         _, h = ops.experts_fwd(x, offset, row_pair, self.w_up, None, self.w_down, None, 1, *self.form, True)
         dout = torch.randn_like(x)
         return lambda: ops.experts_bwd(dout, weight, x, h, offset, row_pair, pair_row, self.w_up,
-                                       self.w_down, None, *self.form, NEED)
+                                       self.w_down, *[None] * 3, *self.form, NEED)
 
 
 def gemm_flops(shape: ExpertShape, device: str) -> list[int]:

@@ -161,7 +161,7 @@ class _Moe(torch.autograd.Function):
             def compute(j: int) -> None:
                 dout_RD = calls[j].peers.rows(calls[j].layer, calls[j].D, calls[j].dtype)
                 dx_RD, dweight_RK, *parts = torch.ops.lina.experts_bwd(
-                    dout_RD, *kept[j], *weights, *ctx.options, mask)
+                    dout_RD, *kept[j], *weights, None, None, *ctx.options, mask)[:6]
                 results.append((dx_RD, dweight_RK))
                 for i in range(4):
                     so_far = total[i]

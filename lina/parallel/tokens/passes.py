@@ -61,9 +61,10 @@ def plan(expert_TK: Tensor, facts: tuple[int, ...], job: Job, save: bool) -> Cal
 
 
 def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width: int, back: Tensor | None,
-         compute: Callable[[int, Tensor | None], Tensor | None]) -> None:
+         compute: Callable[[int, Tensor | None], Tensor | None],
+         after: Callable[[int], object] | None = None) -> None:
     """The passes of one direction: ``outgoing`` [T, width] by chunk to other ranks' ``compute(i, rows)``,
-    whose results come back into ``back`` [S, ...], if there is any."""
+    whose results come back into ``back`` [S, ...], if there is any; ``after(i)`` while they travel."""
     def label(name: str, c: int) -> str:
         return name if lay.chunks == 1 else f"{name} {c + 1}/{lay.chunks}"
 
@@ -89,5 +90,8 @@ def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width:
         if part.chunk and back is not None and result is not None:
             c = part.chunk[0]
             going.append(start(labels[1], c, back[lay.sent_rows(c)], result, lay.sent[c], lay.received[c]))
+        if after is not None:
+            with tracing.span("compute", "weights' gradients"):
+                after(i)
     for pending in going:
         pending.wait()

@@ -13,12 +13,14 @@ degree of r costs up to r - 1 roundings more. (Adding in float32 would hold 4 by
 bf16 weights besides the 2 of the pass's own.) Everything repeats bitwise.
 
 Source: pipelining of micro-ops, Lina, arXiv:2210.17223, section 4; degrees of their own for forward and
-backward, FSMoE, arXiv:2501.10714. Differs: own rows go first and last, where the network is busy
-with rows that nothing can hide.
+backward, FSMoE, arXiv:2501.10714; gradients of weights behind the rows that travel back, Lancet,
+arXiv:2404.19429. Differs: own rows go first and last, where the network is busy with rows that nothing
+can hide.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -198,6 +200,9 @@ def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pas
     S, dtypes = lay.S, (dout_TD.dtype, passes[0].weight.dtype)
     returned = [(i, width) for i, width in enumerate((D, K)) if need[i]]     # of dx, dweight: what is needed
     mask = ops.moe_needs(*need[:6])
+    # what travels back is computed first, what stays while it travels
+    travels, stays = ops.moe_needs(need[0], need[1], *[False] * 4), ops.moe_needs(False, False, *need[2:6])
+    kept: dict[int, tuple[Tensor | None, ...]] = {}
     total: list[Tensor | None] = [None] * 4
     with ahead(job.transport):
         # rows that come back, then own ones: dx [S + T, D], dweight [S + T, K]
@@ -210,20 +215,31 @@ def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pas
         def compute(i: int, got: Tensor | None) -> Tensor | None:
             p, own = passes[i], lay.own(lay.parts[i])
             dout = dout_TD[own] if got is None else _joined(dout_TD[own], got)
-            dx, dweight, *dw = torch.ops.lina.experts_bwd(
-                dout, p.weight, p.x, p.h, p.offset, p.row_pair, p.pair_row, w_up, w_down, b_down,
-                *job.options, mask)
-            for j, part in enumerate(dw):
-                if need[2 + j]:
-                    so_far = total[j]
-                    total[j] = part if so_far is None else so_far.add_(part)
+            given = (dout, p.weight, p.x, p.h, p.offset, p.row_pair, p.pair_row, w_up, w_down, b_down)
+            later = got is not None and travels and stays
+            dx, dweight, *dw, dh, a = torch.ops.lina.experts_bwd(
+                *given, None, None, *job.options, travels | ops.NEED_KEPT if later else mask)
+            if later:
+                kept[i] = *given, dh, a
+            else:
+                add(dw)
             size = own.stop - own.start
             parts = [(dx, dweight)[j] for j, _ in returned]
             for whole, part in zip(rows, parts, strict=True):
                 whole[S + own.start:S + own.stop] = part[:size]
             return pack(*(part[size:] for part in parts)) if got is not None and parts else None
 
-        run(job, lay, ("collect backward", "dispatch backward"), dout_TD, D, back, compute)
+        def add(dw: Sequence[Tensor]) -> None:
+            for j, part in enumerate(dw):
+                if need[2 + j]:
+                    so_far = total[j]
+                    total[j] = part if so_far is None else so_far.add_(part)
+
+        def after(i: int) -> None:
+            if i in kept:
+                add(torch.ops.lina.experts_bwd(*kept.pop(i), *job.options, stays)[2:6])
+
+        run(job, lay, ("collect backward", "dispatch backward"), dout_TD, D, back, compute, after)
         if back is not None:
             arrived = unpack(back, tuple(w for _, w in returned), tuple(dtypes[i] for i, _ in returned))
             for whole, part in zip(rows, arrived, strict=True):
