@@ -16,6 +16,8 @@ from torch import nn
 import lina
 from lina import parallel
 from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, auto, machine_facts
+from lina.parallel.transport import carriers
+from lina.parallel.transport.c10d import C10d
 
 OBSERVE = 4
 STEPS = 2 * OBSERVE + 2         # the plan's first step, which nobody times, and one with the decision made
@@ -177,6 +179,23 @@ def left(device, kind: str) -> None:
     with mock.patch.object(auto, "SLOWER", -1.0):
         train(*kept, 4)
     assert kept[0].plan.degree == (3, 3) and kept[0].plan.measured_s > 0, f"{kept[0].plan}"
+
+
+def left_transport(device) -> None:
+    """The same where the plan had changed the transport: here to another name of c10d's."""
+    half = Line(SLOW.alpha_s / 2, SLOW.beta_s / 2, 1.0)
+    save("gentle", links={(op, name): line for op in ("a2a", "allreduce")
+                          for name, line in (("c10d", SLOW), ("nccl", half))})
+    mesh = lina.mesh(ep=dist.get_world_size())
+    with (mock.patch.object(auto, "SLOWER", -1.0), mock.patch.dict(carriers.makers, nccl=C10d),
+          mock.patch.object(auto, "_transports", lambda *_: ("c10d", "nccl"))):
+        wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE, **GIVEN["gentle"])
+        train(wrapped, net, optimizer, 2 * OBSERVE + 1)
+        plan = wrapped.plan
+        assert (plan.transport, plan.schedule) == ("nccl", "lina"), f"{plan}"
+        train(wrapped, net, optimizer, 3, first=2 * OBSERVE + 1)
+    assert wrapped.plan.left == plan.chosen.label and parallel.settings(mesh).transport == "auto"
+    assert wrapped.gently is None and wrapped._auto is None
 
 
 def counted(device) -> None:

@@ -100,10 +100,12 @@ int ncclCommGetAsyncError(lina_nccl_comm c, int *state) {
   return LINA_NCCL_SUCCESS;
 }
 
-/* Ends calls that block; frees once those and what is in flight have ended, as NCCL does. */
+/* Ends calls that block; frees once what is in flight has ended. (NCCL does not wait for the
+ * threads that it wakes; here the memory stays until they have left.) */
 int ncclCommAbort(lina_nccl_comm c) {
   group *g = c->group;
   pthread_mutex_lock(&g->lock);
+  if (c->grouping) fake_broken("aborted under a thread that hands over parts of an operation");
   c->aborted = true;
   pthread_cond_broadcast(&g->changed);
   while (c->inside > 0 || c->ended < c->issued) pthread_cond_wait(&g->changed, &g->lock);
@@ -117,9 +119,10 @@ int ncclCommAbort(lina_nccl_comm c) {
 
 /* ---- calls ---- */
 
-static void enter(lina_nccl_comm c) {
+static void enter(lina_nccl_comm c, bool grouping) {
   pthread_mutex_lock(&c->group->lock);
   c->inside++;
+  c->grouping = grouping;
   pthread_mutex_unlock(&c->group->lock);
 }
 static int leave_call(lina_nccl_comm c, int code) {
@@ -148,7 +151,7 @@ static int issue(lina_nccl_comm c, operation *o, lina_nccl_stream stream) {
 static int collective(op_kind kind, const void *from, void *to, size_t count, int dtype, int op,
                       lina_nccl_comm c, lina_nccl_stream stream) {
   if (depth) fake_broken("a reduction inside a group");
-  enter(c);
+  enter(c, false);
   (void)fake_element_bytes(dtype);
   operation *o = calloc(1, sizeof *o);
   o->comm = c, o->kind = kind, o->from = from, o->to = to, o->count = count;
@@ -171,7 +174,7 @@ int ncclGroupStart(void) { return depth++, LINA_NCCL_SUCCESS; }
 static int add(lina_nccl_comm c, parcel p, lina_nccl_stream stream) {
   if (!depth || (opened && opened != c)) fake_broken("a send outside a group of its own");
   if (!opened) {
-    enter(c);
+    enter(c, true);
     opened = c, c->open = calloc(1, sizeof *c->open), c->open_stream = stream;
     c->open->comm = c, c->open->kind = EXCHANGE;
   }
@@ -196,6 +199,9 @@ int ncclGroupEnd(void) {
   opened = NULL;
   if (!c) return LINA_NCCL_SUCCESS;
   operation *o = c->open;
+  pthread_mutex_lock(&c->group->lock);
+  c->grouping = false;
+  pthread_mutex_unlock(&c->group->lock);
   c->open = NULL;
   return issue(c, o, c->open_stream);
 }

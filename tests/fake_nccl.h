@@ -53,7 +53,7 @@ struct lina_nccl_handle {
   operation *open;                /* of ncclGroupStart */
   lina_nccl_stream open_stream;
   /* Behind group->lock. */
-  bool aborted;
+  bool aborted, grouping;         /* grouping: between its first part and ncclGroupEnd */
   int inside;                     /* calls */
   int64_t issued, run, ended;
 };

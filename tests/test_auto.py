@@ -28,7 +28,7 @@ from lina.train.resolve import resolve
 from ranks import Run, each_scenario
 
 SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle")), "left:slow",
-             "left:gentle", "counted", "moved", "failing", "refused"]
+             "left:gentle", "left_transport", "counted", "moved", "failing", "refused"]
 
 
 @each_scenario(Run("auto_worker", SCENARIOS, 2))

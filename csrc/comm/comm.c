@@ -21,19 +21,31 @@ static pthread_mutex_t list = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- failure ---- */
 
-#define CLOSED "closed by another thread"
+#define CLOSED   "closed by another thread"
+#define INSIDE_S 5.0 /* most that an abort waits for a thread that does not wait itself */
 
-static void *abort_comm(void *nccl) {
-  (void)lina_nccl.ncclCommAbort(nccl);
-  return NULL;
+static void leave_turn(lina_comm_turn *turn) {
+  if (atomic_fetch_sub(&turn->users, 1) == 1) free(turn);
 }
 
-/* Of a communicator that a thread has taken for a call: whatever that does with it without
- * waiting is done after a moment; then an abort is what ends it. */
-static void *abort_busy(void *nccl) {
-  const struct timespec moment = {0, 50000000};
-  nanosleep(&moment, NULL);
-  return abort_comm(nccl);
+typedef struct {
+  lina_nccl_comm nccl;
+  lina_comm_turn *turn;
+} aborting;
+
+/* NCCL may not be aborted under a thread that hands it parts of an operation, which takes
+ * microseconds; one that waits inside NCCL is what an abort is to end. */
+static void *abort_comm(void *argument) {
+  const struct timespec nap = {0, 1000000}, moment = {0, 50000000};
+  aborting *a = argument;
+  double start = lina_watch_now();
+  while (atomic_load(&a->turn->stage) == LINA_COMM_INSIDE && lina_watch_now() - start < INSIDE_S)
+    nanosleep(&nap, NULL);
+  if (atomic_load(&a->turn->stage) == LINA_COMM_MAY_WAIT) nanosleep(&moment, NULL);
+  (void)lina_nccl.ncclCommAbort(a->nccl);
+  leave_turn(a->turn);
+  free(a);
+  return NULL;
 }
 
 /* On a thread of its own: NCCL frees pinned memory once its own kernels have ended,
@@ -41,9 +53,18 @@ static void *abort_busy(void *nccl) {
  * to be aborted among them. */
 static void abort_apart(lina_comm *c) {
   pthread_t thread;
-  void *(*how)(void *) = atomic_load(&c->calling) ? abort_busy : abort_comm;
   if (!c->nccl) return;
-  if (pthread_create(&thread, NULL, how, c->nccl) == 0) (void)pthread_detach(thread);
+  aborting *a = malloc(sizeof *a); /* without memory or a thread its kernels are left alone */
+  if (a) {
+    *a = (aborting){c->nccl, c->turn};
+    atomic_fetch_add(&c->turn->users, 1);
+    if (pthread_create(&thread, NULL, abort_comm, a) == 0) {
+      (void)pthread_detach(thread);
+    } else {
+      leave_turn(c->turn);
+      free(a);
+    }
+  }
   c->nccl = NULL;
 }
 
@@ -65,7 +86,7 @@ static int refused(lina_comm *c, int code) {
   char text[400];
   pthread_mutex_lock(&c->lock);
   snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(code),
-           c->nccl ? lina_nccl.ncclGetLastError(c->nccl) : "");
+           lina_nccl.ncclGetLastError(c->nccl)); /* takes NULL */
   fail(c, text);
   pthread_mutex_unlock(&c->lock);
   return lina_comm_check(c);
@@ -76,7 +97,7 @@ static int refused(lina_comm *c, int code) {
 static void watch_one(lina_comm *c, double now_s) {
   int state = LINA_NCCL_SUCCESS;
   uint32_t done = atomic_load(c->done);
-  bool idle = done == atomic_load(&c->issued) && !atomic_load(&c->calling);
+  bool idle = done == atomic_load(&c->issued) && atomic_load(&c->turn->stage) == LINA_COMM_OUTSIDE;
   if (atomic_load(&c->failed)) return;
   if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;
   /* NCCL's own state is asked for only while something is outstanding for long. */
@@ -122,63 +143,17 @@ int lina_comm_id(char id[LINA_COMM_ID_BYTES]) {
   return lina_error(LINA_ENCCL, "comm: no id: %s", lina_nccl.ncclGetErrorString(code));
 }
 
-/* NCCL's calls block, since otherwise it starts a thread for each, 100 us. Making a communicator
- * then waits for all ranks, with no handle yet by which to abort it: so it has a thread of its own. */
-typedef struct {
-  lina_nccl_id id;
-  lina_nccl_config config;
-  int rank, size, device, code;
-  lina_nccl_comm nccl;
-  _Atomic int state; /* whoever leaves last frees it */
-} joining;
-enum { JOINS, JOINED, ABANDONED };
-
-static void *join(void *argument) {
-  joining *j = argument;
-  j->code = cudaSetDevice(j->device) == cudaSuccess
-              ? lina_nccl.ncclCommInitRankConfig(&j->nccl, j->size, j->id, j->rank, &j->config)
-              : LINA_NCCL_UNHANDLED_CUDA;
-  if (atomic_exchange(&j->state, JOINED) == ABANDONED) {
-    if (j->code == LINA_NCCL_SUCCESS) (void)lina_nccl.ncclCommAbort(j->nccl);
-    free(j);
-  }
-  return NULL;
-}
-
 static int open(lina_comm *c, const char id[LINA_COMM_ID_BYTES]) {
-  const struct timespec nap = {0, 200000};
-  const double start = lina_watch_now();
-  pthread_t thread;
+  int code = LINA_NCCL_SUCCESS;
   int rc = lina_memop_word(c->options.device, &c->done, &c->done_on_device);
-  if (rc != LINA_OK) return rc;
-  joining *j = calloc(1, sizeof *j);
-  if (!j) return lina_error(LINA_ENOMEM, "%s: no memory", c->options.name);
-  *j = (joining){.config = LINA_NCCL_CONFIG,
-                 .rank = c->options.rank,
-                 .size = c->options.size,
-                 .device = c->options.device};
-  memcpy(&j->id, id, sizeof j->id);
-  j->config.blocking = 1;
-  if (c->options.max_ctas > 0) j->config.max_ctas = c->options.max_ctas;
-  if (pthread_create(&thread, NULL, join, j) != 0) {
-    free(j);
-    return lina_error(LINA_ENOMEM, "%s: no thread to join by", c->options.name);
+  if (rc == LINA_OK) rc = lina_comm_join(&c->options, id, &c->nccl, &code);
+  if (rc == LINA_EPEER) {
+    pthread_mutex_lock(&c->lock);
+    fail(c, "the other ranks did not answer in time; one has stopped, or hangs");
+    pthread_mutex_unlock(&c->lock);
+    return lina_comm_check(c);
   }
-  (void)pthread_detach(thread);
-  while (atomic_load(&j->state) == JOINS) {
-    if (lina_watch_now() - start > c->options.timeout_s &&
-        atomic_exchange(&j->state, ABANDONED) == JOINS) {
-      pthread_mutex_lock(&c->lock);
-      fail(c, "the other ranks did not answer in time; one has stopped, or hangs");
-      pthread_mutex_unlock(&c->lock);
-      return lina_comm_check(c);
-    }
-    nanosleep(&nap, NULL);
-  }
-  const int code = j->code;
-  c->nccl = code == LINA_NCCL_SUCCESS ? j->nccl : NULL;
-  free(j);
-  return code == LINA_NCCL_SUCCESS ? LINA_OK : refused(c, code);
+  return rc == LINA_OK && code != LINA_NCCL_SUCCESS ? refused(c, code) : rc;
 }
 
 int lina_comm_create(lina_comm **out, const lina_comm_options *options,
@@ -193,8 +168,13 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
   int rc = load();
   if (rc != LINA_OK) return rc;
   lina_comm *c = calloc(1, sizeof *c);
-  if (!c) return lina_error(LINA_ENOMEM, "%s: no memory", options->name);
-  c->options = *options;
+  lina_comm_turn *turn = calloc(1, sizeof *turn);
+  if (!c || !turn) {
+    free(c), free(turn);
+    return lina_error(LINA_ENOMEM, "%s: no memory", options->name);
+  }
+  c->options = *options, c->turn = turn;
+  atomic_store(&turn->users, 1);
   pthread_mutex_init(&c->order, NULL);
   pthread_mutex_init(&c->lock, NULL);
   rc = open(c, id);
@@ -237,6 +217,7 @@ void lina_comm_free(lina_comm *c) {
   lina_comm_close(c); /* the word stays: a stream may still write it */
   pthread_mutex_destroy(&c->order);
   pthread_mutex_destroy(&c->lock);
+  leave_turn(c->turn);
   free(c);
 }
 
@@ -261,15 +242,17 @@ int lina_comm_take(lina_comm *c, lina_nccl_comm *nccl) {
   pthread_mutex_lock(&c->lock);
   int rc = usable(c);
   *nccl = c->nccl;
-  if (rc == LINA_OK) atomic_store(&c->calling, true);
+  if (rc == LINA_OK) atomic_store(&c->turn->stage, LINA_COMM_INSIDE);
   pthread_mutex_unlock(&c->lock);
   return rc;
 }
 
+void lina_comm_may_wait(lina_comm *c) { atomic_store(&c->turn->stage, LINA_COMM_MAY_WAIT); }
+
 int lina_comm_took(lina_comm *c, int code, void *stream) {
   enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  atomic_store(&c->turn->stage, LINA_COMM_OUTSIDE);
   int rc = code == LINA_NCCL_SUCCESS ? lina_comm_check(c) : refused(c, code);
-  atomic_store(&c->calling, false);
   if (rc != LINA_OK) return rc;
   if (cudaStreamIsCapturing((cudaStream_t)stream, &capture) != cudaSuccess)
     return lina_error(LINA_ECUDA, "%s: not a stream of device %d", c->options.name,

@@ -36,7 +36,8 @@ typedef struct {
 /* A fresh id; one rank makes it and tells the others. */
 int lina_comm_id(char id[LINA_COMM_ID_BYTES]);
 
-/* Collective over `size` ranks; waits for all of them up to timeout_s. */
+/* Collective over `size` ranks; waits for all of them up to timeout_s. Where they do not come, a
+ * thread is left waiting inside NCCL until that gives up, or the process ends. */
 int lina_comm_create(lina_comm **out, const lina_comm_options *options,
                      const char id[LINA_COMM_ID_BYTES]);
 

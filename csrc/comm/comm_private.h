@@ -8,6 +8,10 @@
 #include "../nccl_abi.h"
 #include "comm.h"
 
+/* Where the thread is that has a communicator's turn; outlives it with an abort that waits. */
+enum lina_comm_stage { LINA_COMM_OUTSIDE, LINA_COMM_INSIDE, LINA_COMM_MAY_WAIT };
+typedef struct { _Atomic int stage, users; } lina_comm_turn;
+
 struct lina_comm {
   lina_comm_options options;
   lina_nccl_comm nccl;               /* NULL once aborted */
@@ -16,7 +20,7 @@ struct lina_comm {
    * `lock`, taken second, guards `nccl` and `reason` for moments only: the watch thread can
    * have it and abort what such a call waits for. */
   pthread_mutex_t order, lock;
-  _Atomic bool calling;              /* inside NCCL */
+  lina_comm_turn *turn;
   _Atomic bool failed, closing;
   char reason[512];                  /* written once, before `failed` */
   /* Progress: operations issued, and ended as the stream counts them. */
@@ -28,11 +32,19 @@ struct lina_comm {
   lina_comm *next;
 };
 
+/* Makes the communicator, together with the other ranks; `code` is what NCCL answered.
+ * LINA_EPEER, without a text: they have not come within timeout_s. */
+int lina_comm_join(const lina_comm_options *options, const char id[LINA_COMM_ID_BYTES],
+                   lina_nccl_comm *nccl, int *code);
+
 /* An operation of one or more of NCCL's begins, if the communicator has not failed. */
 int lina_comm_begin(lina_comm *c);
 
 /* Before a call of NCCL: its handle, if it has not failed. lina_comm_took must follow. */
 int lina_comm_take(lina_comm *c, lina_nccl_comm *nccl);
+
+/* Before a call of NCCL that may wait for other ranks, or for a stream with room. */
+void lina_comm_may_wait(lina_comm *c);
 
 /* `code` is what NCCL answered to an operation on `stream`, which it counts. */
 int lina_comm_took(lina_comm *c, int code, void *stream);

@@ -12,8 +12,7 @@
 
 #define MAX_BYTES ((int64_t)1 << 48) /* more than any memory: sums do not overflow */
 
-static int exchange(const lina_comm *c, lina_nccl_comm nccl, const lina_all_to_all *a,
-                    void *stream) {
+static int exchange(lina_comm *c, lina_nccl_comm nccl, const lina_all_to_all *a, void *stream) {
   const char *from = a->send;
   char *to = a->receive;
   int code = lina_nccl.ncclGroupStart();
@@ -24,6 +23,7 @@ static int exchange(const lina_comm *c, lina_nccl_comm nccl, const lina_all_to_a
       code = lina_nccl.ncclRecv(to, (size_t)a->receive_bytes[r], LINA_NCCL_UINT8, r, nccl, stream);
     from += a->send_bytes[r], to += a->receive_bytes[r];
   }
+  lina_comm_may_wait(c);
   int ended = lina_nccl.ncclGroupEnd();
   return code == LINA_NCCL_SUCCESS ? ended : code;
 }
@@ -91,6 +91,7 @@ int lina_comm_all_reduce(lina_comm *c, const lina_all_reduce *a, void *stream) {
     int64_t bytes = cut(a->policy, left, e.bytes);
     if (a->policy) LINA_TRY(lina_priority_wait(c->options.device, stream));
     LINA_TRY(lina_comm_take(c, &nccl));
+    lina_comm_may_wait(c);
     LINA_TRY(lina_comm_took(
         c,
         lina_nccl.ncclAllReduce(at, at, (size_t)(bytes / e.bytes), e.nccl,
@@ -146,6 +147,7 @@ int lina_comm_reduce_scatter(lina_comm *c, const lina_reduce_scatter *a, void *s
     if (needed > 0) LINA_TRY(pack(c, a, at, bytes, total, stream));
     if (a->policy) LINA_TRY(lina_priority_wait(c->options.device, stream));
     LINA_TRY(lina_comm_take(c, &nccl));
+    lina_comm_may_wait(c);
     LINA_TRY(lina_comm_took(
         c,
         lina_nccl.ncclReduceScatter(from, (char *)a->out + at, (size_t)(bytes / e.bytes), e.nccl,

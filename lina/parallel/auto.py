@@ -7,7 +7,7 @@
        has run once: one that is launched for the first time while gradients wait on the device may stop
        the host;
     5. from there as many steps are observed again. Where they take longer than the plain ones did, all ranks
-       go back to what ran before; experts that have moved stay.
+       go back to what ran before, unless experts have moved: then the plan stays.
 
 Source: Lina, arXiv:2210.17223, section 5, packs experts after ten steps of observation. Differs: degrees
 and order of gradients are chosen too, by a cost model, FSMoE, arXiv:2501.10714, section 4.
@@ -267,6 +267,10 @@ class Auto:
     def _back(self, wrapper: Any, plan: Plan) -> tuple[str, tuple[int, int]] | None:
         """The transport and degrees that hold from here on; None: there is nothing to go back to."""
         ran = chosen(self.mesh), settings(self.mesh).degree
+        gently, self.order.gently = self.order.gently, None
+        wrapper.expert_reducer.queue, wrapper.gently = None, None
+        if gently is not None and self.options.hook is None:   # before the transport is another one
+            gently.queue(self.device).close()  # all ranks' devices are done: the observer has waited
         given = self.options.degree            # it stays, where the transport can have it
         for mesh, transport, degree in self.former:
             settings(mesh).transport = transport
@@ -274,8 +278,4 @@ class Auto:
             settings(mesh).degree = given if given is not None and fits else degree
         if plan.schedule == "plain" and ran == (chosen(self.mesh), settings(self.mesh).degree):
             return None
-        gently, self.order.gently = self.order.gently, None
-        wrapper.expert_reducer.queue, wrapper.gently = None, None
-        if gently is not None and self.options.hook is None:
-            gently.queue(self.device).close()  # all ranks' devices are done: the observer has waited
         return chosen(self.mesh), settings(self.mesh).degree

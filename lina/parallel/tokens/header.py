@@ -7,7 +7,6 @@ pairs by chunk, forward and backward (ops.dispatch_layout).
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -28,9 +27,8 @@ def facts(degree: tuple[int, int], x_TD: Tensor, weight_TK: Tensor, experts: int
             ops.FLOATS.index(weight_TK.dtype), sum(needed << bit for bit, needed in enumerate(needs)))
 
 
-@functools.lru_cache(maxsize=64)
 def said(numbers: tuple[int, ...]) -> Tensor:
-    """``numbers`` as ops.dispatch_layout takes them; kept from call to call."""
+    """``numbers`` as ops.dispatch_layout takes them."""
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 

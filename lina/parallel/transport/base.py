@@ -160,14 +160,15 @@ def to_host(label: str, values: Tensor, group: dist.ProcessGroup) -> Callable[[]
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))    # whichever device is the current one
+    limit = seconds_of(group)
 
     def arrived() -> Tensor:
         start = time.monotonic()
         with tracing.span("a2a", f"{label}: wait", device=values.device):
             while not copied.query():
                 waited = time.monotonic() - start
-                if waited > seconds_of(group):
+                if waited > limit:
                     raise failure(label, group, TimeoutError(f"no answer for {waited:.0f} s"))
                 time.sleep(1e-4 if waited > _SPIN_S else 0)        # 0: lets other threads have their turn
         return host

@@ -65,8 +65,8 @@ class Peers:
         timeout_s: how long the device waits for a peer; the group's own timeout by default.
         sms: how many of the GPU's SMs an exchange may hold while it waits for peers; by default 3/4 of them,
             or what reductions over peers' memory leave. From 32 MB on one block waits, for all.
-        passes: this is one of so many under way at once, beside experts; by default each takes 1/4 of the
-            SMs.
+        passes: this is one of so many under way at once, beside experts; by default each may then hold 1/4 of
+            the SMs.
         first: that of their first pass. What fails in one then ends the waits of all, within one timeout.
 
     Raises:
