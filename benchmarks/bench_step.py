@@ -75,10 +75,11 @@ class Bench:
 
     def run(self, name: str, degree: tuple[int, int]) -> dict[str, Any]:
         trainer = Trainer(name, degree, self.p, self.mesh, self.device, self.dtype, self.tokens)
+        gradient_error = self.agreement.compare_timed(trainer)
         losses = trainer.losses()
         error = self.agreement.compare_losses("timed", losses, self.dtype,
                                               self.tokens * torch.distributed.get_world_size())
-        row: dict[str, Any] = dict(losses=losses, loss_error=error)      # in parts of what is allowed
+        row: dict[str, Any] = dict(losses=losses, loss_error=error, gradient_error=gradient_error)
         if self.clock.cuda:
             torch.cuda.reset_peak_memory_stats()
         released = self.releases()
@@ -166,7 +167,8 @@ def describe(label: str, row: dict[str, Any], base: dict[str, Any] | None) -> st
         said.append(f"predicted {s * 1e3:.2f} ms, {s / t['median'] - 1:+.1%}")
     small_off, losses = row["small"], row["losses"]
     said.append(f"loss {losses[0]:.4f} .. {losses[-1]:.4f}; of what is allowed it is off by "
-                f"{row['loss_error']:.2f}, in the small model by {small_off['loss']:.2f}, gradients there by "
+                f"{row['loss_error']:.2f}, its gradients by {row['gradient_error']:.2f}, in the small model by "
+                f"{small_off['loss']:.2f}, gradients there by "
                 f"{small_off['gradient']:.2f}")
     return "   ".join(said)
 

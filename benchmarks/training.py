@@ -31,6 +31,11 @@ GRADIENT = 16 * 64**0.5 * torch.finfo(torch.float32).eps / 2
 # losses drift apart by some percent; that designs compute the same is shown in float32. Each of N tokens'
 # losses is off by eps besides, which in their mean is eps / sqrt(N).
 LOSS, LOSS_BF16 = 1e-3, 0.1
+# Before any update a token's loss is off by some eps alone, at most.
+FIRST = 8
+# In bf16, on the timed model: two designs' gradients, each off by a quarter or so, whose length says that
+# no part is missing or counted twice.
+GRADIENT_BF16, LENGTH_BF16 = 0.6, 0.1
 RATE = 3e-4
 
 
@@ -133,6 +138,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] | None = None
+        self.timed: dict[str, Tensor] | None = None
         self.losses: dict[str, list[float]] = {}
 
     def compare_gradients(self, trainer: Trainer) -> float:
@@ -154,13 +160,38 @@ class Agreement:
                                f"{', '.join(wrong)}; allowed {GRADIENT:.2e}")
         return max(errors.values())
 
+    def compare_timed(self, trainer: Trainer) -> float:
+        """The timed model's gradients before any update, by their norms; gives the largest error in parts of
+        what is allowed."""
+        trainer.backward()
+        found = {name: q.grad.clone() for name, q in trainer.model.named_parameters() if q.grad is not None}
+        trainer.optimizer.zero_grad(set_to_none=True)
+        if self.timed is None:
+            self.timed = found
+        worst = 0.0
+        for name, want in self.timed.items():
+            got = found[name]
+            if len(got) > len(want):
+                got = got[trainer.groups.ep.rank() * len(want):][:len(want)]
+            norm, length = want.float().norm(), got.float().norm()
+            error = ((got.float() - want.float()).norm() / norm).item() / GRADIENT_BF16
+            off_length = abs((length / norm).item() - 1) / LENGTH_BF16
+            if norm > 0 and not max(error, off_length) <= 1:
+                raise RuntimeError(f"the gradient of {name} differs from the first design's by "
+                                   f"{error * GRADIENT_BF16:.3f} in norm, its length by "
+                                   f"{off_length * LENGTH_BF16:.3f}; allowed {GRADIENT_BF16}, {LENGTH_BF16}")
+            worst = max(worst, error, off_length) if norm > 0 else worst
+        return worst
+
     def compare_losses(self, what: str, losses: list[float], dtype: torch.dtype, tokens: int) -> float:
         """Of means over ``tokens`` of all ranks; gives the largest difference in parts of what is allowed."""
         want = self.losses.setdefault(what, losses)
         share = LOSS if dtype == torch.float32 else LOSS_BF16
-        allowed = share * abs(want[0] - want[-1]) + torch.finfo(dtype).eps * want[0] / tokens**0.5
+        rounded = torch.finfo(dtype).eps * want[0] / tokens**0.5
+        allowed = share * abs(want[0] - want[-1]) + rounded
         error = max(abs(a - b) for a, b in zip(losses, want, strict=True))
-        if not error <= allowed:
+        first = FIRST * (rounded + torch.finfo(torch.float32).eps * want[0])     # the mean is of float32
+        if not (error <= allowed and abs(losses[0] - want[0]) <= first):
             shown = [[f"{a:.5f}" for a in one] for one in (losses, want)]
             raise RuntimeError(f"losses {shown[0]}, the first design's {shown[1]}; allowed {allowed:.1e}")
         return error / allowed
