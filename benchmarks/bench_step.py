@@ -167,9 +167,8 @@ def describe(label: str, row: dict[str, Any], base: dict[str, Any] | None) -> st
         said.append(f"predicted {s * 1e3:.2f} ms, {s / t['median'] - 1:+.1%}")
     small_off, losses = row["small"], row["losses"]
     said.append(f"loss {losses[0]:.4f} .. {losses[-1]:.4f}; of what is allowed it is off by "
-                f"{row['loss_error']:.2f}, its gradients by {row['gradient_error']:.2f}, in the small model by "
-                f"{small_off['loss']:.2f}, gradients there by "
-                f"{small_off['gradient']:.2f}")
+                f"{row['loss_error']:.2f}, its gradients by {row['gradient_error']:.2f}, in the small model "
+                f"by {small_off['loss']:.2f}, gradients there by {small_off['gradient']:.2f}")
     return "   ".join(said)
 
 
