@@ -26,7 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lina.parallel.experts import together
-from lina.parallel.gradients.hook import HookState, allreduce_hook, user_settings
+from lina.parallel.gradients.hook import HookState, ordered_hook, user_settings
+from lina.parallel.gradients.sequence import Sequence
 from lina.parallel.mesh import ep_size, groups
 from lina.parallel.plan.cost import CostModel
 from lina.parallel.plan.decide import Plan, decide, unchanged
@@ -70,15 +71,16 @@ class Order:
     def __init__(self, group: dist.ProcessGroup, observer: Observer) -> None:
         self.group, self.observer = group, observer
         self.gently: HookState | None = None
+        self.sequence: Sequence | None = None
         self.watched = True
 
 
 def ordered(order: Order, bucket):  # torch reads annotations and wants them absent or its own
-    """A communication hook: at once, as DistributedDataParallel without one, or :func:`allreduce_hook`."""
+    """A communication hook: at once, as DistributedDataParallel without one, or giving way."""
     if order.watched:
         order.observer.in_backward()
     if order.gently is not None:
-        return allreduce_hook(order.gently, bucket)
+        return ordered_hook((order.gently, order.sequence), bucket)
     return at_once(order.group, bucket)
 
 
@@ -247,7 +249,8 @@ class Auto:
         state = hook.over(self.mesh)
         state.queue(self.device)               # by all ranks together
         self.order.gently = state
-        wrapper.expert_reducer.queue, wrapper.gently = state.queue, state
+        wrapper.gently = state
+        self.order.sequence = wrapper.expert_reducer.carry(state.queue, groups(self.mesh).world)
 
     @torch.no_grad()
     def _compare(self, wrapper: Any, plan: Plan) -> None:
@@ -268,7 +271,7 @@ class Auto:
         """The transport and degrees that hold from here on; None: there is nothing to go back to."""
         ran = chosen(self.mesh), settings(self.mesh).degree
         gently, self.order.gently = self.order.gently, None
-        wrapper.expert_reducer.queue, wrapper.gently = None, None
+        wrapper.gently, self.order.sequence = None, wrapper.expert_reducer.carry(None)
         if gently is not None and self.options.hook is None:   # before the transport is another one
             gently.queue(self.device).close()  # all ranks' devices are done: the observer has waited
         given = self.options.degree            # it stays, where the transport can have it

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lina import tracing
 from lina.parallel.auto import Auto, Options, agreed_cost, ordered
 from lina.parallel.experts import ExpertParameter, check_same, expert_parameters, spread_meshes
-from lina.parallel.gradients.hook import HookState, allreduce_hook, over_meshes, user_settings
+from lina.parallel.gradients.hook import HookState, ordered_hook, over_meshes, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.mesh import groups
 from lina.parallel.plan.decide import Plan
@@ -97,8 +97,9 @@ class DataParallel(DistributedDataParallel):
             set_degree(module, mesh, degree)
         if state is not None:
             state.queue(next(module.parameters()).device)      # by all ranks together, now
-            self.register_comm_hook(state, allreduce_hook)
-            self.expert_reducer.queue, self.gently = state.queue, state
+            self.gently = state
+            sequence = self.expert_reducer.carry(state.queue, world)
+            self.register_comm_hook((state, sequence), ordered_hook)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.expert_reducer.released:
@@ -152,7 +153,7 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     experts on every rank: the mean over all ranks of the mesh of each rank's gradient.
 
     Dense parameters are averaged by DistributedDataParallel over the whole mesh. Experts
-    spread over several ranks stay out of its buckets: after backward they are averaged over
+    spread over several ranks stay out of its buckets: by the end of backward they are averaged over
     their replicas. At construction each replica takes the first one's weights. With a
     rank's loss a mean over its own tokens, the loss of a step is the mean of the ranks' losses; a
     rank without tokens contributes 0 (let its loss be ``output.sum() * 0``, not a mean of nothing).
@@ -165,7 +166,9 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
         mesh: from :func:`lina.mesh`, or any DeviceMesh with a dimension "ep".
         schedule: "plain": gradients are reduced as they become ready, beside the experts' all-to-alls.
             "lina": in micro-ops that let all-to-alls pass, dense ones (:func:`allreduce_hook`,
-            which takes the place of a comm hook of your own) and those of replicated experts after them.
+            which takes the place of a comm hook of your own) and those of replicated experts, from the third
+            step on as they become ready, in one order on all ranks; before, and with
+            ``find_unused_parameters`` or ``static_graph``, at the end of backward.
             "auto": plain for some steps, observed; then what is fastest by the cost model that `lina
             profile` has saved, the same on all ranks, here too in the place of a comm hook, unless its
             steps then take longer: back to plain. ``plan`` of the result says what, and why.
@@ -190,7 +193,8 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             transport than gradients were set up to give way to.
         RuntimeError: no parameter outside the experts takes a gradient. In forward: the model was
             given back its experts (:func:`lina.unswap`) since. In backward: another rank failed or
-            left, within the group's timeout.
+            left, within the group's timeout; with "lina", experts that from some step on run in several
+            reentrant checkpoints, so that a gradient comes in parts.
     """
     return DataParallel(model, mesh, schedule=schedule, degree=degree, hook=hook, observe=observe,
                         optimizer=optimizer, regroup=regroup, **options)

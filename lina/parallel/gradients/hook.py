@@ -17,6 +17,7 @@ communicator that nothing else uses, so that ranks cannot wait for each other in
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lina.parallel.experts import agree
 from lina.parallel.gradients.queue import DeviceQueue, HostQueue, Queue
+from lina.parallel.gradients.sequence import Sequence
 from lina.parallel.mesh import groups
 from lina.parallel.settings import chosen
 
@@ -174,6 +176,13 @@ def allreduce_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.F
         ValueError: at the first bucket, ranks whose settings differ; on every rank.
         RuntimeError: a rank failed or left, within the group's timeout; in backward.
     """
+    return ordered_hook((state, None), bucket)
+
+
+def ordered_hook(how: tuple[HookState, Sequence | None],
+                 bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """:func:`allreduce_hook`, in one order with what else comes to a sequence."""
+    state, sequence = how
     buffer = bucket.buffer()
     size = state.group.size()
     if size == 1:
@@ -182,12 +191,13 @@ def allreduce_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.F
         done.set_result(buffer)
         return done
     queue, label = state.queue(buffer.device), f"bucket {bucket.index()}"
+    submit = queue.submit if sequence is None else partial(sequence.submit, label, queue)
     narrow = _COMPRESS[state.compress]
     if narrow is None or buffer.dtype == narrow:
-        return queue.submit(buffer, label)
+        return submit(buffer, label)
     sent = buffer.div_(size).to(narrow)
 
     def widen(future: Any) -> torch.Tensor:
         return buffer.copy_(future.value())
 
-    return queue.submit(sent, label, average=False).then(widen)
+    return submit(sent, label, average=False).then(widen)

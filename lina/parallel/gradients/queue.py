@@ -34,12 +34,13 @@ from lina.parallel.transport.nccl import Reducer, future
 
 class Queue(Protocol):
     def submit(self, flat: Tensor, label: str, *, average: bool = True,
-               group: dist.ProcessGroup | None = None) -> Future[Tensor]:
+               group: dist.ProcessGroup | None = None, into: Future | None = None) -> Future[Tensor]:
         """Sum ``flat`` over the ranks of ``group`` (by default the queue's own), in place.
 
         Args:
             flat: contiguous; not to be used until the future is done.
             average: divide by the number of ranks first, as DistributedDataParallel does.
+            into: the future to complete and return, of flat's device; by default a new one.
 
         Returns:
             a future of ``flat``. A rank that fails gives it a RuntimeError.
@@ -101,6 +102,7 @@ class HostQueue:
         own = dist.new_group(ranks, timeout=timeout_of(group), use_local_synchronization=True)
         self._state = state = _State(_C.Policy(link, micro_op_s, UNIT), weakref.ref(own))
         self._thread = threading.Thread(target=_serve, args=(state,), name="lina gradients", daemon=True)
+        self._groups: weakref.WeakKeyDictionary[dist.ProcessGroup, Any] = weakref.WeakKeyDictionary()
         weakref.finalize(own, state.close)         # destroy_process_group drops it
         weakref.finalize(self, state.close)
         gate.watch(state)
@@ -108,14 +110,16 @@ class HostQueue:
         _threads.add(self)
 
     def submit(self, flat: Tensor, label: str, *, average: bool = True,
-               group: dist.ProcessGroup | None = None) -> Future[Tensor]:
+               group: dist.ProcessGroup | None = None, into: Future | None = None) -> Future[Tensor]:
         """See Queue."""
-        state, over = self._state, group or self._state.group()
+        state, over = self._state, self._state.group() if group is None else self._own(group)
         if over is None:
             raise RuntimeError(f"gradients: {label} cannot be reduced, the process group is destroyed")
         if average:
             flat.div_(over.size())
-        entry = _Entry(flat, label, group, Future(devices=[flat.device] if flat.is_cuda else None))
+        if into is None:
+            into = Future(devices=[flat.device] if flat.is_cuda else None)
+        entry = _Entry(flat, label, None if group is None else over, into)
         if flat.is_cuda:
             entry.ready = torch.cuda.current_stream(flat.device).record_event()
         with state.changed:
@@ -126,6 +130,15 @@ class HostQueue:
             state.entries.append(entry)
             state.changed.notify_all()
         return entry.future
+
+    def _own(self, group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+        """One of the ranks of ``group`` for this queue alone: the first call is collective over them. During
+        backward others may use theirs. None: it is destroyed."""
+        if group not in self._groups:
+            ranks = dist.get_process_group_ranks(group)
+            own = dist.new_group(ranks, timeout=timeout_of(group), use_local_synchronization=True)
+            self._groups[group] = weakref.ref(own)
+        return self._groups[group]()
 
     def close(self) -> None:
         """See Queue."""
@@ -233,11 +246,11 @@ class DeviceQueue:
         self._reducer(group, torch.float32)
 
     def submit(self, flat: Tensor, label: str, *, average: bool = True,
-               group: dist.ProcessGroup | None = None) -> Future[Tensor]:
+               group: dist.ProcessGroup | None = None, into: Future | None = None) -> Future[Tensor]:
         """See Queue."""
         reducer = self._reducer(group or self._group, flat.dtype)
         reducer.all_reduce(flat, mean=average)
-        return future(flat, reducer.stream)
+        return future(flat, reducer.stream, into)
 
     def _reducer(self, group: dist.ProcessGroup, dtype: torch.dtype) -> Reducer | PeerReducer:
         over_peers = self._peers and dtype in DTYPES and 2 <= group.size() <= MAX_RANKS

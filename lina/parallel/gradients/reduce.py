@@ -1,4 +1,4 @@
-"""Gradients of experts: averaged over their replicas at the end of each backward pass.
+"""Gradients of experts: averaged over their replicas at the end of each backward pass, or (early.py) in it.
 
 With each rank's loss a mean over its own tokens, and ranks = dp * ep, the gradient that
 DistributedDataParallel would give, were all experts on every rank, is
@@ -26,7 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lina import tracing
 from lina.parallel.experts import ExpertParameter
+from lina.parallel.gradients.early import Early
 from lina.parallel.gradients.queue import Queue
+from lina.parallel.gradients.sequence import Sequence
 
 _SMALL = 1 << 20     # gradients of fewer bytes travel together, larger ones in place
 
@@ -66,6 +68,7 @@ class ExpertReducer:
         self.released = False          # by release(), for good
         # What carries gradients on a device: micro-ops that let all-to-alls pass; None: at once.
         self.queue: Callable[[torch.device], Queue] | None = None
+        self.early: Early | None = None    # what goes to the queue during backward
         _reducers.add(self)
         self._hold(experts)
 
@@ -75,6 +78,29 @@ class ExpertReducer:
         for expert in experts:
             self.by_replicas.setdefault(expert.groups.replicas, []).append(expert.param)
         self._scale()
+        if self.early is not None:
+            self.early.listen(experts)
+
+    def carry(self, queue: Callable[[torch.device], Queue] | None,
+              world: dist.ProcessGroup | None = None) -> Sequence | None:
+        """From the next pass of all ranks on gradients travel by ``queue`` (None: at once).
+
+        Args:
+            world: ranks that learn together in which order experts' gradients go during backward.
+
+        Returns:
+            through which the model's other gradients go to the queue, to be in one order with these, if it
+            is not None.
+        """
+        self.queue = queue
+        if self.early is not None:
+            self.early.close()
+            self.early = None
+        if queue is None or world is None or not self.experts or self.may_be_unused:
+            return None
+        self.early = Early(queue, world, _large)
+        self.early.listen(self.experts)
+        return self.early.sequence
 
     def _scale(self) -> None:
         self._frozen = [expert.param for expert in self.experts if not expert.param.requires_grad]
@@ -109,15 +135,19 @@ class ExpertReducer:
                     param.copy_(value)
 
     def watch(self, output: Any, reduces: bool = True) -> None:
-        """Reduce at the end of the backward pass that first reaches a tensor of ``output``; unless
-        ``reduces``, scale alone.
+        """Reduce in the backward pass that first reaches a tensor of ``output``, and at its end what has not
+        gone before; unless ``reduces``, scale alone.
 
-        Never from the experts' own hooks: a layer that one replica does not use would
-        leave the others waiting.
+        Not from the experts' own hooks, unless in an order of all ranks that the end completes: a layer that
+        one replica does not use would leave the others waiting.
         """
         if any(p.requires_grad for p in self._frozen):      # unfrozen since
             self._used.clear()
             self._scale()
+            if self.early is not None:
+                self.early.listen(self.experts)
+        if self.early is not None and torch._C._current_graph_task_id() == -1:
+            self.early.sequence.reset()         # of a pass that raised
         if not reduces:
             return
         tensors = list(_tensors(output))
@@ -133,18 +163,29 @@ class ExpertReducer:
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:          # once a pass, also after one that raised
             self._backward = backward
+            if self.early is not None:
+                self.early.begin(backward)
             Variable._execution_engine.queue_callback(self.reduce)
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Average now; called by the autograd engine."""
+        """Average what has not gone before; called by the autograd engine."""
+        if self.early is not None:
+            self.early.rest()
         for group, params in self.by_replicas.items():
             params = [p for p in params if p.requires_grad]
             if group.size() > 1 and params:
-                size = sum(p.nbytes for p in params if p.grad is not None or not self.may_be_unused)
+                size = sum(p.nbytes for p in params if p not in self._gone
+                           and (p.grad is not None or not self.may_be_unused))
                 with tracing.span("allreduce", "experts", device=params[0].device, bytes=size,
                                   layer=tracing.owners(params)):
                     self._reduce(group, params)
+        if self.early is not None:
+            self.early.end()
+
+    @property
+    def _gone(self) -> dict[torch.nn.Parameter, tuple[Tensor, Any]]:
+        return {} if self.early is None else self.early.gone
 
     def _reduce(self, group: dist.ProcessGroup, params: list[torch.nn.Parameter]) -> None:
         if self.may_be_unused:
@@ -155,7 +196,13 @@ class ExpertReducer:
         for param in params:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-            if param.nbytes < _SMALL:       # by the parameter: the same choice on every replica
+            if param in self._gone:
+                flat, done = self._gone[param]
+                work.append(done)
+                if flat is not param.grad:
+                    finish.append((param.grad, flat))
+                continue
+            if not _large(param):
                 small.setdefault(param.dtype, []).append(param.grad)
                 continue
             flat = param.grad.contiguous()
@@ -190,6 +237,10 @@ class ExpertReducer:
         return self._used[group]
 
 
+def _large(param: torch.nn.Parameter) -> bool:
+    return param.nbytes >= _SMALL       # by the parameter: the same choice on every replica
+
+
 def _wait(work: Any, group: dist.ProcessGroup) -> None:
     try:
         work.wait()
@@ -215,6 +266,8 @@ def release(params: Iterable[torch.nn.Parameter]) -> None:
     for reducer in list(_reducers):
         if any(id(p) in gone for params in reducer.by_replicas.values() for p in params):
             reducer.released = True
+            if reducer.early is not None:
+                reducer.early.close()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

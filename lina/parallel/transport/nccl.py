@@ -58,9 +58,10 @@ def stream(device: torch.device, name: str) -> torch.cuda.Stream:
     return found
 
 
-def future(value: Any, done_on: torch.cuda.Stream) -> torch.futures.Future:
-    """A future of ``value``, complete as of what the stream ``done_on`` holds so far."""
-    result: torch.futures.Future = torch.futures.Future(devices=[done_on.device])
+def future(value: Any, done_on: torch.cuda.Stream,
+           into: torch.futures.Future | None = None) -> torch.futures.Future:
+    """A future of ``value``, by default a new one, complete as of what ``done_on`` holds so far."""
+    result = torch.futures.Future(devices=[done_on.device]) if into is None else into
     with torch.cuda.stream(done_on):           # outside, the result would not wait for the stream
         result.set_result(value)
     return result
