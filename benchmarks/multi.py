@@ -8,14 +8,12 @@ on the device. CPU: the ranks start together at a barrier.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -24,6 +22,8 @@ import torch
 import torch.distributed as dist
 from common import Timing, machine
 from torch import Tensor
+
+from lina.profile.layers import uncollected
 
 STAND_IN = "through host memory (NCCL_P2P_DISABLE=1), a stand-in for a 200 Gb/s network"
 Stage = Callable[[], object]
@@ -124,17 +124,6 @@ def designs(text: str) -> list[tuple[str, str, tuple[int, int]]]:
         forward, _, backward = degree.partition("/")
         found.append((label, name, (int(forward or 1), int(backward or forward or 1))))
     return found
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without Python's garbage collector, which stops a rank for tens of milliseconds now and then."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 class Clock:

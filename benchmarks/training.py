@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from models import GPT, Exchanged, PlainMoE, Preset
-from multi import Clock, Timing, off, slowest, uncollected
+from multi import Clock, Timing, off, slowest
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import lina
 from lina import parallel, tracing
+from lina.profile.layers import uncollected
 from lina.tracefile import busy, length, subtract, union
 
 STEPS = 5
@@ -133,6 +134,17 @@ def small(p: Preset) -> Preset:
                    head_dim=16, vocab=256, sequence=32)
 
 
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Of one backward pass, by name."""
+    trainer.backward()
+    return {name: q.grad.clone() for name, q in trainer.model.named_parameters() if q.grad is not None}
+
+
+def shared(got: Tensor, want: Tensor, trainer: Trainer) -> Tensor:
+    """Of a gradient where all experts are here, those that ``want`` has."""
+    return got if len(got) == len(want) else got[trainer.groups.ep.rank() * len(want):][:len(want)]
+
+
 class Agreement:
     """What the first design computes; RuntimeError where another one differs by more than rounding."""
 
@@ -143,17 +155,14 @@ class Agreement:
 
     def compare_gradients(self, trainer: Trainer) -> float:
         """After one backward pass in float32; gives the largest error."""
-        trainer.backward()
-        missing = [name for name, q in trainer.model.named_parameters() if q.grad is None]
+        found = gradients(trainer)
+        missing = [name for name, q in trainer.model.named_parameters() if name not in found]
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(missing)}")
-        found = {name: q.grad.clone() for name, q in trainer.model.named_parameters() if q.grad is not None}
-        for name, want in (self.gradients or {}).items():      # all experts here: those that were, to compare
-            if len(found[name]) > len(want):
-                found[name] = found[name][trainer.groups.ep.rank() * len(want):][:len(want)]
         if self.gradients is None:
             self.gradients = found
-        errors = {name: off(found[name], want)[0] for name, want in self.gradients.items()}
+        errors = {name: off(shared(found[name], want, trainer), want)[0]
+                  for name, want in self.gradients.items()}
         wrong = [f"{name}: {error:.2e}" for name, error in errors.items() if not error <= GRADIENT]
         if wrong:
             raise RuntimeError(f"gradients differ from the first design's by, in parts of their norm, "
@@ -163,16 +172,13 @@ class Agreement:
     def compare_timed(self, trainer: Trainer) -> float:
         """The timed model's gradients before any update, by their norms; gives the largest error in parts of
         what is allowed."""
-        trainer.backward()
-        found = {name: q.grad.clone() for name, q in trainer.model.named_parameters() if q.grad is not None}
+        found = gradients(trainer)
         trainer.optimizer.zero_grad(set_to_none=True)
         if self.timed is None:
             self.timed = found
         worst = 0.0
         for name, want in self.timed.items():
-            got = found[name]
-            if len(got) > len(want):
-                got = got[trainer.groups.ep.rank() * len(want):][:len(want)]
+            got = shared(found[name], want, trainer)
             norm, length = want.float().norm(), got.float().norm()
             error = ((got.float() - want.float()).norm() / norm).item() / GRADIENT_BF16
             off_length = abs((length / norm).item() - 1) / LENGTH_BF16

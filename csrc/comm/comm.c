@@ -82,12 +82,17 @@ int lina_comm_check(lina_comm *c) {
   return atomic_load(&c->failed) ? lina_error(LINA_EPEER, "%s", c->reason) : LINA_OK;
 }
 
-static int refused(lina_comm *c, int code) {
+/* `c` being locked. */
+static void fail_by_nccl(lina_comm *c, int code) {
   char text[400];
-  pthread_mutex_lock(&c->lock);
   snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(code),
            lina_nccl.ncclGetLastError(c->nccl)); /* takes NULL */
   fail(c, text);
+}
+
+static int refused(lina_comm *c, int code) {
+  pthread_mutex_lock(&c->lock);
+  fail_by_nccl(c, code);
   pthread_mutex_unlock(&c->lock);
   return lina_comm_check(c);
 }
@@ -102,16 +107,16 @@ static void watch_one(lina_comm *c, double now_s) {
   if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;
   /* NCCL's own state is asked for only while something is outstanding for long. */
   if (now_s - c->progress_s < 0.5) return;
-  char text[400] = "";
   pthread_mutex_lock(&c->lock);
   if (c->nccl && lina_nccl.ncclCommGetAsyncError(c->nccl, &state) != LINA_NCCL_SUCCESS) state = 3;
-  if (state != LINA_NCCL_SUCCESS && state != LINA_NCCL_IN_PROGRESS)
-    snprintf(text, sizeof text, "NCCL: %s: %s", lina_nccl.ncclGetErrorString(state),
-             c->nccl ? lina_nccl.ncclGetLastError(c->nccl) : "");
-  else if (now_s - c->progress_s > c->options.timeout_s)
+  if (state != LINA_NCCL_SUCCESS && state != LINA_NCCL_IN_PROGRESS) {
+    fail_by_nccl(c, state);
+  } else if (now_s - c->progress_s > c->options.timeout_s) {
+    char text[160];
     snprintf(text, sizeof text, "no progress for %.0f s; another rank has stopped, or hangs",
              c->options.timeout_s);
-  if (text[0]) fail(c, text);
+    fail(c, text);
+  }
   pthread_mutex_unlock(&c->lock);
 }
 

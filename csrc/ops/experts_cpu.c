@@ -151,12 +151,11 @@ static int one_expert(lina_experts_bwd *p, buffers *b, int64_t e, int64_t first,
   lina_matrix dh = filled_up(&b->dh, n);
   lina_matrix a = filled_up(&b->a, n);
   if (p->weight.handle || lina_mm_rows(n, s->dtype) != n) {
-    const void *rows = dy.data;
     dy = filled_up(&b->dy, n);
     if (p->weight.handle)
       LINA_TRY(lina_gather_rows(s, p->dy.data, row_pair, n, dy.data));
     else
-      memcpy(dy.data, rows, (size_t)(n * s->D * lina_dtype_bytes(s->dtype)));
+      copy_rows(dy.data, 0, p->dy.data, first, n, s->D, s->dtype);
   }
   if (p->kept_dh.handle) {
     copy_rows(dh.data, 0, p->kept_dh.data, first, n, s->U, s->dtype);

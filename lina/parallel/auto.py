@@ -207,7 +207,7 @@ class Auto:
         names = [name for name, _ in found] if len(found) == most else [f"layer {i}" for i in range(most)]
         notes: list[str] = []
         loads = tuple(merged(name, list(ranks), notes) for name, *ranks in zip(names, *calls, strict=True))
-        slowest = max(steps, key=lambda s: s["forward_s"] + s["backward_s"] + s["outside_s"])
+        slowest = max(steps, key=_step_s)
         load = Workload(world, calls[0][0].ep if most else 1, self.device.type, loads,
                         segments(wrapper, found, most), slowest["forward_s"], slowest["backward_s"],
                         slowest["outside_s"], *bucket_bytes(wrapper))
@@ -260,7 +260,7 @@ class Auto:
         facts = [step for step in said if step is not None]
         if not facts or not plan.trials:
             return                             # nothing to compare, or with
-        step_s = max(f["forward_s"] + f["backward_s"] + f["outside_s"] for f in facts)
+        step_s = max(map(_step_s, facts))
         back = None
         if plan.ep == plan.load.ep and step_s > plan.load.step_s * (1 + SLOWER):
             back = self._back(wrapper, plan)
@@ -282,3 +282,7 @@ class Auto:
         if plan.schedule == "plain" and ran == (chosen(self.mesh), settings(self.mesh).degree):
             return None
         return chosen(self.mesh), settings(self.mesh).degree
+
+
+def _step_s(facts: dict[str, Any]) -> float:
+    return facts["forward_s"] + facts["backward_s"] + facts["outside_s"]

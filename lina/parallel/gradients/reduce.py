@@ -198,17 +198,15 @@ class ExpertReducer:
                 param.grad = torch.zeros_like(param)
             if param in self._gone:
                 flat, done = self._gone[param]
-                work.append(done)
-                if flat is not param.grad:
-                    finish.append((param.grad, flat))
-                continue
-            if not _large(param):
+            elif _large(param):
+                flat = param.grad.contiguous()
+                done = self._average(flat, group)
+            else:
                 small.setdefault(param.dtype, []).append(param.grad)
                 continue
-            flat = param.grad.contiguous()
+            work.append(done)
             if flat is not param.grad:
                 finish.append((param.grad, flat))
-            work.append(self._average(flat, group))
         for grads in small.values():
             flat = torch.cat([g.reshape(-1) for g in grads])
             work.append(self._average(flat, group))

@@ -138,8 +138,7 @@ class Sequence:
         line, self._line = self._line[self._next:], []
         for key in [key for key in line if key in self._held]:
             self._held.pop(key).launch()
-        while self._held:                 # in the order of submission, which is that of buckets
-            self._held.pop(next(iter(self._held))).launch()
+        self._launch_held()
 
     def end(self) -> None:
         """Of the pass: all there is has been launched."""
@@ -152,7 +151,12 @@ class Sequence:
         """The one before has ended its pass."""
         self._before = None
         self._release()
-        while self._held and not self._line:
+        if not self._line:
+            self._launch_held()
+
+    def _launch_held(self) -> None:
+        """In the order of submission, which is that of buckets."""
+        while self._held:
             self._held.pop(next(iter(self._held))).launch()
 
     def learn(self, experts: list[str]) -> None:

@@ -8,6 +8,7 @@ priority.h); each gradient micro-op on the reduce stream waits for it there, wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -113,13 +114,11 @@ class NCCL(Transport):
     def start(self, label: str, out: Tensor, inp: Tensor, out_splits: list[int],
               in_splits: list[int]) -> _Pending:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        if tracing.active():                 # its marks go to the current stream
-            with torch.cuda.stream(self.stream):
-                token = tracing.begin("a2a", label, self.device, bytes=inp.numel())
-                self._run(label, inp, in_splits, out, out_splits)
-                tracing.end(token)
-        else:
+        # only a trace's marks go to the current stream
+        with torch.cuda.stream(self.stream) if tracing.active() else nullcontext():
+            token = tracing.begin("a2a", label, self.device, bytes=inp.numel())
             self._run(label, inp, in_splits, out, out_splits)
+            tracing.end(token)
         # Nothing else keeps their memory from reuse: holding the tensors until wait() would not do where
         # nobody waits, after an error elsewhere, nor where another stream waits than theirs, which would
         # then reuse them while bytes travel.
