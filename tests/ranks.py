@@ -220,8 +220,9 @@ def _scenarios(spec: dict, rank: int) -> bool:
             error = traceback.format_exc()
         print(json.dumps(dict(scenario=name, error=error)), flush=True)
         failed = failed or bool(error)
-        if error and not _all_fail(f"{name}: {error.splitlines()[-1]}", store, spec["world"]):
-            return False                 # the ranks are out of step: nothing after this would mean anything
+        if error and (name == spec["scenarios"][-1] or
+                      not _all_fail(f"{name}: {error.splitlines()[-1]}", store, spec["world"])):
+            return False         # nothing follows, or the ranks are out of step and it would mean nothing
         dist.barrier()
     dist.destroy_process_group()
     return not failed

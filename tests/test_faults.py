@@ -14,7 +14,7 @@ import pytest
 from ranks import Ended, Run, each_scenario, launch, marks, results
 
 TIMEOUT_S = {"gloo": 3, "nccl": 8}     # the process group's
-HANG_S = {"gloo": 9, "nccl": 30}       # until a rank that hangs leaves: the others are gone long before
+HANG_S = {"gloo": 13, "nccl": 30}      # until a rank that hangs leaves: the others are gone long before
 START_S = 60                           # starting torch and two good steps, on a loaded machine
 TRANSPORTS = ("c10d", "nccl", "p2p")
 WORLD = {"gloo": 4, "nccl": 2}         # gloo: (dp, ep) = (2, 2), the victim is rank 3: rank 2 shares its
