@@ -3,8 +3,9 @@
     python benchmarks/compare_schedules.py --out FOLDER [--designs plain,lina/nccl] -- --steps 2000 ...
 
 A design is SCHEDULE[/TRANSPORT[/FORWARD:BACKWARD]]; what follows `--` goes to every `lina train`. Each run
-has a folder below FOLDER; one that is whole is not run again. A seed gives every design the same first
-weights and the same batches, so what differs is rounding, and what rounding grows to.
+has a folder below FOLDER; one that is whole is not run again. --jobs N makes N runs at a time. A seed gives
+every design the same first weights and the same batches, so what differs is rounding, and what rounding
+grows to.
 
 Each design is compared with the first. They agree if both hold:
 1. the mean held-out bits differ by at most 2 standard errors, sqrt(var_a / n + var_b / n) over n seeds
@@ -25,6 +26,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,13 +115,19 @@ def train(folder: Path, argv: list[str]) -> tuple[np.ndarray, np.ndarray, float]
             summary["held_out_bits_per_byte"])
 
 
-def gather(out: Path, designs: list[str], seeds: int, given: list[str]) -> dict[str, Runs]:
+def gather(out: Path, designs: list[str], seeds: int, jobs: int, given: list[str]) -> dict[str, Runs]:
     found: dict[str, list] = {design: [] for design in designs}
-    for seed in range(seeds):              # designs take turns: what changes with time is in all of them
-        for design in designs:
-            folder = out / design.replace("/", "_").replace(":", "-") / f"seed{seed}"
-            found[design].append(train(folder, [*given, "--seed", str(seed), *options_of(design)]))
-            print(f"seed {seed}, {design}: held-out {found[design][-1][2]:.4f} bits per byte", flush=True)
+    asked = [(seed, design) for seed in range(seeds)      # designs take turns: what changes with time is in
+             for design in designs]                       # all of them
+
+    def run(seed: int, design: str) -> tuple[np.ndarray, np.ndarray, float]:
+        folder = out / design.replace("/", "_").replace(":", "-") / f"seed{seed}"
+        return train(folder, [*given, "--seed", str(seed), *options_of(design)])
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for (seed, design), one in zip(asked, pool.map(run, *zip(*asked, strict=True)), strict=True):
+            found[design].append(one)
+            print(f"seed {seed}, {design}: held-out {one[2]:.4f} bits per byte", flush=True)
     return {design: Runs(runs[0][0], np.stack([bits for _, bits, _ in runs]),
                          np.array([heldout for *_, heldout in runs])) for design, runs in found.items()}
 
@@ -159,13 +167,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--designs", default="plain,lina")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--smooth", type=int, default=5, help="lines of metrics.jsonl")
     args = parser.parse_args(argv[:cut])
     designs = args.designs.split(",")
-    if args.seeds < 2 or args.smooth < 1 or not 2 <= len(designs) <= 5 or len(set(designs)) < len(designs):
-        parser.error(f"--seeds {args.seeds}, at least 2; --smooth {args.smooth}, at least 1; "
-                     f"--designs {args.designs}, 2 to 5 different ones")
-    runs = gather(args.out, designs, args.seeds, given)
+    if (min(args.seeds - 1, args.jobs, args.smooth) < 1 or not 2 <= len(designs) <= 5
+            or len(set(designs)) < len(designs)):
+        parser.error(f"--seeds {args.seeds}, at least 2; --jobs {args.jobs}, --smooth {args.smooth}, at "
+                     f"least 1; --designs {args.designs}, 2 to 5 different ones")
+    runs = gather(args.out, designs, args.seeds, args.jobs, given)
     first, *others = designs
     verdicts = {other: compare(runs[first], runs[other], args.smooth) for other in others}
     picture(args.out / "curves.png", runs, args.smooth)

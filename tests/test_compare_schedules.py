@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,21 @@ def test_options() -> None:
     assert compare_schedules.options_of("plain") == ["--schedule", "plain"]
     assert compare_schedules.options_of("lina/nccl/3:2") == ["--schedule", "lina", "--transport", "nccl",
                                                             "--degree", "3,2"]
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_gathers_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    """Later runs that end first are still their own seed's and design's; a run that fails ends all."""
+    def train(folder: Path, argv: list[str]) -> tuple[np.ndarray, np.ndarray, float]:
+        seed, schedule = int(argv[argv.index("--seed") + 1]), argv[argv.index("--schedule") + 1]
+        time.sleep(0.02 * (3 - seed))
+        if schedule == "auto":
+            sys.exit("failed")
+        return np.arange(2), np.array([seed, len(schedule)]), float(seed)
+
+    monkeypatch.setattr(compare_schedules, "train", train)
+    found = compare_schedules.gather(tmp_path, ["plain", "lina"], 3, jobs, ["--steps", "2"])
+    assert found["plain"].heldout.tolist() == [0, 1, 2]
+    assert found["lina"].curves.tolist() == [[0, 4], [1, 4], [2, 4]]
+    with pytest.raises(SystemExit, match="failed"):
+        compare_schedules.gather(tmp_path, ["plain", "auto"], 3, jobs, [])
