@@ -44,6 +44,12 @@ def parity(device, kind: str) -> None:
                 leaves, expert, E = inputs(device, T, D, F, K, dtype, kind, turn, bias=D != 20)
                 for grad in (True, False):
                     both(leaves, expert, E, peers, group, f"{dtype} {D=} {K=} {T=} {grad=}", grad)
+    (x, weight, *frozen), expert, E = inputs(device, 5, 20, 12, 3, torch.float32, kind)
+    out = ours([x, weight, *(w.detach() for w in frozen)], expert, E, peers)
+    grad, = torch.autograd.grad(out.sum(), x, create_graph=True)
+    said = error_of(RuntimeError, torch.autograd.grad, grad.sum(), x)
+    if "differentiable once" not in said:
+        wrong.append(f"a gradient of a gradient: {said or 'no error'}")
     peers.close()
     settle()
 

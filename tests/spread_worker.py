@@ -181,9 +181,12 @@ def refusals(device, transport: str = "c10d") -> None:
     assert "transport is 'x'" in error_of(ValueError, lina.mesh, 1, transport="x")
 
     x = x.requires_grad_()
-    out = parallel.moe(x, weight, expert, w[0], w[1], experts=experts, mesh=mesh)
-    grad, = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    assert "differentiable once" in error_of(RuntimeError, torch.autograd.grad, grad.sum(), x)
+    for degree in ((1, 1), (3, 3)):             # also where neither weights nor what comes in ask for it
+        parallel.settings(mesh).degree = degree
+        out = parallel.moe(x, weight, expert, w[0].detach(), w[1].detach(), experts=experts, mesh=mesh)
+        for loss in (out.square().sum(), out.sum()):
+            grad, = torch.autograd.grad(loss, x, create_graph=True, retain_graph=True)
+            assert "differentiable once" in error_of(RuntimeError, torch.autograd.grad, grad.sum(), x)
     assert gate.outstanding == 0
     assert_equal(results(mesh, (3, 3), *given), results(mesh, None, *given), 3, "after refusals")
 

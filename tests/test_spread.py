@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+from lina.parallel.tokens.dispatch import pack, unpack
+
 from ranks import Run, each_scenario
 
 RUNS = {
@@ -26,3 +31,13 @@ RUNS = {
 @each_scenario(RUNS)
 def test_ranks(run: Run, scenario: str) -> None:
     run.check(scenario)
+
+
+@pytest.mark.parametrize("D,K,offset", [(4, 3, 1), (4, 3, 2), (3, 2, 1), (4, 2, 0)])
+def test_rows_are_packed_from_anywhere(D: int, K: int, offset: int) -> None:
+    """Also tokens of 16 bits that begin in the middle of a word, whole words (D even) or not."""
+    x_TD = torch.arange(5 * D + offset, dtype=torch.bfloat16)[offset:].view(5, D)
+    weight_TK = torch.rand(5, K)
+    for got, want in zip(unpack(pack(x_TD, weight_TK), (D, K), (x_TD.dtype, weight_TK.dtype)),
+                         (x_TD, weight_TK), strict=True):
+        assert torch.equal(got, want)

@@ -11,7 +11,7 @@ from lina.ops.dtypes import FLOATS, sum_dtype
 from lina.ops.experts import ACTIVATIONS, GATED, NEED_KEPT, experts
 from lina.ops.gate import Routing, balance_loss, check_gate, gate, jitter, update_bias
 from lina.ops.moe import moe, moe_arguments, moe_needs
-from lina.ops.once import needs_grad, once
+from lina.ops.once import needs_grad, once, ties
 from lina.ops.sort import MAX_EXPERTS, Rows, sort
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "once",
     "sort",
     "sum_dtype",
+    "ties",
     "update_bias",
 ]

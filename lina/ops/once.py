@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ def once(backward: Callable) -> Callable:
         return tuple(next(refusing) if t is not None else None for t in out)
 
     return wrapper
+
+
+def ties(inputs: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> list[Tensor]:
+    """Empty tensors that depend on ``inputs``, for a Function to take and save that saves ``saved`` of its
+    inputs alone: where none of these requires grad, ``once`` would see nothing to refuse."""
+    if not torch.is_grad_enabled() or any(t is not None and t.requires_grad for t in saved):
+        return []
+    return [t[:0].clone() for t in inputs if t is not None and t.requires_grad]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

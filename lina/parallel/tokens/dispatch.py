@@ -229,9 +229,15 @@ def _all_to_all(name: str, out: Tensor, inp: Tensor, out_splits: list[int] | Non
 
 def pack(*parts: Tensor) -> Tensor:
     """Rows side by side, in the widest integers that fit all parts' rows."""
+    def words(part: Tensor) -> Tensor:
+        rows = part.contiguous()
+        if rows.storage_offset() * rows.element_size() % size:      # a view from the middle of a word on
+            rows = rows.clone()
+        return rows.view(-1).view(dtype)
+
     widths = [part.shape[1] * part.element_size() for part in parts]
     size, dtype = (4, torch.int32) if all(w % 4 == 0 for w in widths) else (1, torch.uint8)
-    return torch.cat([part.contiguous().view(-1).view(dtype).view(part.shape[0], w // size)
+    return torch.cat([words(part).view(part.shape[0], w // size)
                       for part, w in zip(parts, widths, strict=True)], 1)
 
 

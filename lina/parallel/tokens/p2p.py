@@ -83,7 +83,8 @@ def _moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: tuple, exp
     except Overflow:
         _stop(peers, overflow=True)
         raise
-    return _Moe.apply(x_TD, weight_TK, expert_TK, *weights, tuple(calls), options, grad)
+    return _Moe.apply(x_TD, weight_TK, expert_TK, *weights, tuple(calls), options, grad,
+                      *ops.ties(given, (*weights[:2], weights[3])))
 
 
 def _stop(peers: Iterable[Peers], overflow: bool = False) -> None:
@@ -103,7 +104,7 @@ class _Moe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down: Tensor,
                 b_up: Tensor | None, b_down: Tensor | None, calls: tuple[Round, ...], options: tuple,
-                grad: bool) -> Tensor:
+                grad: bool, *ties: Tensor) -> Tensor:
         ep, at = calls[0].peers.ep, _slices(calls)
         try:                   # from the first allocation on: peers must not wait for a rank without memory
             x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.contiguous(), expert_TK.contiguous()
@@ -136,7 +137,7 @@ class _Moe(torch.autograd.Function):
             raise
         if grad:
             kept = [t for g, r in zip(got, results, strict=True) for t in (g.weight_RK, g.x_RD, *r[1:])]
-            ctx.save_for_backward(expert_TK, slot_TR, count_P2R, w_up, w_down, b_down, *kept)
+            ctx.save_for_backward(expert_TK, slot_TR, count_P2R, w_up, w_down, b_down, *kept, *ties)
             ctx.calls, ctx.options = calls, options
         return out_TD
 
@@ -178,8 +179,9 @@ class _Moe(torch.autograd.Function):
             _stop(call.peers for call in calls)
             raise
         dw_up, db_up, dw_down, db_down = total
-        found = (dx_TD, dweight_TK, None, dw_up, dw_down, db_up, db_down, None, None, None)
-        return tuple(g if n else None for g, n in zip(found, need, strict=True))
+        found = dx_TD, dweight_TK, None, dw_up, dw_down, db_up, db_down
+        return (*(g if n else None for g, n in zip(found, need, strict=False)),
+                *[None] * (len(need) - len(found)))
 
 
 def _slices(calls: Sequence[Round]) -> list[slice]:

@@ -119,7 +119,8 @@ class _Pass(NamedTuple):
 def _spread(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: list[Tensor | None],
             job: Job) -> Tensor:
     if ops.needs_grad(x_TD, weight_TK, *weights):
-        return _Spread.apply(x_TD, weight_TK, *weights, expert_TK, job)
+        return _Spread.apply(x_TD, weight_TK, *weights, expert_TK, job,
+                             *ops.ties((x_TD, weight_TK, *weights), (weights[0], *weights[2:])))
     return _forward(x_TD, weight_TK, expert_TK, weights, job, False)[0]
 
 
@@ -173,11 +174,12 @@ def _forward(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: list[T
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, w_up: Tensor, b_up: Tensor | None,
-                w_down: Tensor, b_down: Tensor | None, expert_TK: Tensor, job: Job) -> Tensor:
+                w_down: Tensor, b_down: Tensor | None, expert_TK: Tensor, job: Job,
+                *ties: Tensor) -> Tensor:
         out_TD, lays, passes = _forward(x_TD, weight_TK, expert_TK, [w_up, b_up, w_down, b_down], job, True)
         last = lays[-1]
-        kept = (t for p in passes for t in p)
-        ctx.save_for_backward(w_up, w_down, b_down, last.token_S, last.row_TR, *kept)
+        kept = [t for p in passes for t in p]
+        ctx.save_for_backward(w_up, w_down, b_down, last.token_S, last.row_TR, *kept, *ties)
         nothing = x_TD.new_empty(0)          # tensors are saved above, where checkpoints see them
         ctx.job, ctx.lays = job, [replace(lay, token_S=nothing, row_TR=nothing) for lay in lays]
         return out_TD
@@ -186,10 +188,11 @@ class _Spread(torch.autograd.Function):
     @ops.once
     def backward(ctx: Any, saved: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         width = len(_Pass._fields)
-        passes = [_Pass(*saved[i:i + width]) for i in range(5, len(saved), width)]
+        parts = len(ctx.lays[0].parts)
+        passes = [_Pass(*saved[i:i + width]) for i in range(5, 5 + parts * width, width)]
         lays = [ctx.lays[0], replace(ctx.lays[-1], token_S=saved[3], row_TR=saved[4])]
         gradients = _backward(dout_TD.contiguous(), saved[:3], lays, passes, ctx.job, ctx.needs_input_grad)
-        return *gradients, None, None
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
 
 
 def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pass], job: Job,

@@ -157,7 +157,7 @@ def to_host(label: str, values: Tensor, group: dist.ProcessGroup) -> Callable[[]
     """
     if not values.is_cuda:
         return lambda: values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(values.device))    # whichever device is the current one

@@ -90,7 +90,7 @@ class NCCL(Transport):
     def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:
         mine = mine.contiguous()
         theirs = torch.empty_like(mine)
-        host = torch.empty(2, *mine.shape, dtype=mine.dtype, pin_memory=True)
+        host = torch.empty(2, *mine.shape, dtype=mine.dtype, device="cpu", pin_memory=True)
         row = [mine.shape[1] * mine.element_size()] * self.size
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
