@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import lina
 from lina import parallel, simulate
 from lina.parallel import CostModel, ExpertShape
+from lina.parallel.plan.predict import late
 from lina.simulate import models as published
 
 
@@ -111,7 +112,8 @@ def step_s(model: GPT, p: Preset, mesh: DeviceMesh, cost: CostModel, dense: Dens
         own_rows=rows / ep, remote_rows=rows - rows / ep,
         dispatch_bytes=(sent * (wide + 8 * p.top_k), sent * wide),
         return_bytes=(sent * wide, sent * (wide + 4 * p.top_k)),
-        grad_bytes=sum(q.nbytes for q in model.blocks[0].moe.experts.parameters()), gate_s=around)
+        grad_bytes=sum(q.nbytes for q in model.blocks[0].moe.experts.parameters()), gate_s=around,
+        late_s=late(passes, transport, max(degrees)))
     seconds = dense.body[0] / p.layers, dense.body[1] / p.layers
     first = (model.embed.weight.nbytes, *([] if model.place is None else [model.place.nbytes]))
     layers = [simulate.Layer("embedding", (0.0, 0.0), first)]
@@ -121,5 +123,5 @@ def step_s(model: GPT, p: Preset, mesh: DeviceMesh, cost: CostModel, dense: Dens
     near, across = (a2a.alpha_s, a2a.beta_s), (reduce.alpha_s, reduce.beta_s)
     links = simulate.Links(world, (near, near), (across, across), share=1 / 2.17)
     return simulate.step(layers, world, ep, links, "plain" if plain else "lina", unit=256,
-                         degrees=degrees, micro_op_s=0.5e-3, experts_last=True,
+                         degrees=degrees, micro_op_s=0.5e-3, experts_last=plain,
                          optimizer_s=optimizer_s).step_s

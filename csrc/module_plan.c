@@ -209,14 +209,14 @@ static PyType_Spec policy_spec = {
 static PyObject *pipeline(PyObject *module, PyObject *args, PyObject *kwargs) {
   (void)module;
   static char *names[] = {"a2a",         "dispatch_bytes", "return_bytes", "expert", "own_rows",
-                          "remote_rows", "degree",         "max_degree",   NULL};
-  lina_pipeline_model m;
+                          "remote_rows", "degree",         "max_degree",   "late",   NULL};
+  lina_pipeline_model m = {.late = {0, 0}};
   lina_pipeline plan;
   int degree = 0, max_degree = 8;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "(dd)dd(dd)dd|ii:pipeline", names, &m.a2a.alpha_s,
-                                   &m.a2a.beta_s, &m.dispatch_bytes, &m.return_bytes,
-                                   &m.pass.alpha_s, &m.pass.beta_s, &m.own_rows, &m.remote_rows,
-                                   &degree, &max_degree))
+  if (!PyArg_ParseTupleAndKeywords(
+          args, kwargs, "(dd)dd(dd)dd|ii(dd):pipeline", names, &m.a2a.alpha_s, &m.a2a.beta_s,
+          &m.dispatch_bytes, &m.return_bytes, &m.pass.alpha_s, &m.pass.beta_s, &m.own_rows,
+          &m.remote_rows, &degree, &max_degree, &m.late.alpha_s, &m.late.beta_s))
     return NULL;
   int rc =
       degree ? lina_pipeline_time(&m, degree, &plan) : lina_pipeline_best(&m, max_degree, &plan);

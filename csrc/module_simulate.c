@@ -31,11 +31,12 @@ static int parse_layer(PyObject *item, lina_sim_layer *l) {
     PyErr_SetString(PyExc_TypeError, "simulate: a layer is a tuple");
     return 0;
   }
-  if (!PyArg_ParseTuple(item, "(dd)p(dd)(dd)(dd)dd(dd)(dd)LL", &l->dense_s[0], &l->dense_s[1],
+  if (!PyArg_ParseTuple(item, "(dd)p(dd)(dd)(dd)(dd)dd(dd)(dd)LL", &l->dense_s[0], &l->dense_s[1],
                         &l->moe, &l->glue_s[0], &l->glue_s[1], &l->pass[0].alpha_s,
-                        &l->pass[0].beta_s, &l->pass[1].alpha_s, &l->pass[1].beta_s, &l->own_rows,
-                        &l->remote_rows, &l->dispatch_bytes[0], &l->dispatch_bytes[1],
-                        &l->return_bytes[0], &l->return_bytes[1], &expert_bytes, &tensors))
+                        &l->pass[0].beta_s, &l->pass[1].alpha_s, &l->pass[1].beta_s,
+                        &l->late.alpha_s, &l->late.beta_s, &l->own_rows, &l->remote_rows,
+                        &l->dispatch_bytes[0], &l->dispatch_bytes[1], &l->return_bytes[0],
+                        &l->return_bytes[1], &expert_bytes, &tensors))
     return 0;
   l->expert_bytes = expert_bytes, l->tensors = tensors;
   return 1;

@@ -89,11 +89,13 @@ def pipeline(
     remote_rows: float,
     degree: int = 0,
     max_degree: int = 8,
+    late: _Link = ...,
 ) -> dict[str, Any]:
     """One layer in ``degree`` expert passes, 0: the best of 1 .. ``max_degree``. Contract:
     csrc/plan/pipeline.h.
 
-    ``expert`` is the link of a pass over its rows. Gives degree, seconds, compute_s, a2a_s,
+    ``expert`` is the link of a pass over its rows, ``late`` that of its part after its results (by
+    default there is none). Gives degree, seconds, compute_s, a2a_s,
     exposed_s, idle_s and gaps, a list of (start_s, end_s).
     """
 
@@ -157,7 +159,7 @@ def simulate(
 ) -> dict[str, Any]:
     """One training step on many ranks. Contract: csrc/plan/simulate.h.
 
-    A layer is (dense_s, moe, glue_s, pass forward, pass backward, own_rows, remote_rows,
+    A layer is (dense_s, moe, glue_s, pass forward, pass backward, late, own_rows, remote_rows,
     dispatch_bytes, return_bytes, expert_bytes, tensors), with pairs as (forward, backward).
     ``lina.simulate.step`` is the public form.
     """

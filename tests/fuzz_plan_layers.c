@@ -7,7 +7,7 @@
 #include "plan/pipeline.h"
 
 bool try_pipeline(void) {
-  lina_pipeline_model m = {any_link(), amount(0, 9), amount(0, 9),
+  lina_pipeline_model m = {any_link(), amount(0, 9), amount(0, 9), any_link(),
                            any_link(), amount(0, 6), amount(0, 6)};
   int most = (int)whole(1, wild ? 70 : LINA_PIPELINE_MAX) % 1000;
   lina_pipeline best = {.degree = -7}, plan;

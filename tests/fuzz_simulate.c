@@ -63,6 +63,8 @@ static void draw_layer(lina_sim_layer *l, int64_t *tensors) {
     l->pass[i] = line(1e-4, 1e6);
     l->dispatch_bytes[i] = amount(1e8), l->return_bytes[i] = amount(1e8);
   }
+  if (below(2))
+    l->late = line(1e-4, 2e6); /* it may be more than the pass: then all of it is late */
   l->own_rows = amount(1e4), l->remote_rows = amount(1e4);
   l->expert_bytes = (int64_t)amount(1e8);
   for (int64_t t = 0; t < l->tensors; t++) tensor_bytes[(*tensors)++] = (int64_t)amount(1e8);

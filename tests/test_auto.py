@@ -152,6 +152,28 @@ def test_what_is_around_a_layer_is_not_dense_time():
     assert predict(whole, found) == predict(whole, cost())
 
 
+def test_weights_gradients_hide_what_goes_back_where_they_can():
+    """1 ms of experts backward, half of it late: over NCCL it hides that much of four returns of 1 ms."""
+    late = cost()
+    late = dataclasses.replace(late, experts=(dataclasses.replace(
+        late.experts[0], late=Line(0.0, 0.5e-6, 1.0)),))
+    made = calibrate(load(), cost(), "c10d")
+    for transport, degree, less in (("c10d", (1, 1), 0.0), ("nccl", (1, 1), 4 * 0.5e-3)):
+        before, after = (predict(made, model, transport=transport, degree=degree) for model in (cost(), late))
+        assert before - after == pytest.approx(less, rel=1e-9, abs=1e-12), transport
+    assert predict(made, late, degree=(2, 2)) < predict(made, cost(), degree=(2, 2))
+
+
+def test_experts_gradients_are_reduced_beside_backward():
+    """Of two replicas: with all-to-alls first every layer's are hidden by the dense part after it, in the
+    plain order none is."""
+    made = dataclasses.replace(load(backward_s=1.0), world=8, layers=tuple(
+        dataclasses.replace(layer, expert_bytes=10 * MB) for layer in load().layers), dense_s=(0.1, 0.8))
+    plain, lina = (predict(made, cost(), schedule=schedule) for schedule in ("plain", "lina"))
+    one = 10 * MB * 1e-9 / 1.75                       # of two replicas, by a line over the world's ring of 8
+    assert plain - lina == pytest.approx(4 * one, rel=1e-6)
+
+
 def test_passes_that_cost_more_than_they_hide():
     """By row_s=1e-5 four passes hide 4.1 ms each way: known from test_degree."""
     def costing(*pass_s: float) -> CostModel:

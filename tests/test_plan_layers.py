@@ -13,7 +13,7 @@ from lina import _C
 # ---- pipeline ----
 
 
-def simulated(a2a, dispatch_bytes, return_bytes, expert, own_rows, remote_rows, degree):
+def simulated(a2a, dispatch_bytes, return_bytes, expert, own_rows, remote_rows, degree, late=(0, 0)):
     """(seconds, busy spans of the network) by events: tasks that wait for others and for a stream.
 
     A task is (name, stream, seconds, names it waits for); each stream runs its tasks in order.
@@ -25,15 +25,20 @@ def simulated(a2a, dispatch_bytes, return_bytes, expert, own_rows, remote_rows, 
     chunks = max(1, degree - 2)
     out_s, back_s = time(a2a, dispatch_bytes / chunks), time(a2a, return_bytes / chunks)
     part = time(expert, remote_rows / chunks)
+    after = min(part, time(late, remote_rows / chunks))
+    one = time(expert, own_rows + remote_rows)
+    one_after = min(one, time(late, own_rows + remote_rows))
     half = time(expert, own_rows / 2)
     computing = {
-        1: [("pass 0", time(expert, own_rows + remote_rows), ["out 0"])],
-        2: [("own", time(expert, own_rows), []), ("pass 0", part, ["out 0"])],
+        1: [("pass 0", one - one_after, ["out 0"]), ("late 0", one_after, [])],
+        2: [("own", time(expert, own_rows), []), ("pass 0", part - after, ["out 0"]),
+            ("late 0", after, [])],
     }.get(
         degree,
         [
             ("first", half, []),
-            *[(f"pass {c}", part, [f"out {c}"]) for c in range(chunks)],
+            *[task for c in range(chunks)
+              for task in ((f"pass {c}", part - after, [f"out {c}"]), (f"late {c}", after, []))],
             ("second", half, []),
         ],
     )
@@ -67,6 +72,7 @@ def random_model(rng):
         expert=(rng.choice([0.0, 5e-5]), rng.uniform(1e-8, 1e-6)),
         own_rows=rng.choice([0.0, rng.uniform(1, 1e5)]),
         remote_rows=rng.choice([0.0, rng.uniform(1, 1e5)]),
+        late=rng.choice([(0.0, 0.0), (rng.choice([0.0, 5e-5]), rng.uniform(1e-8, 1e-6))]),
     )
 
 
@@ -110,6 +116,12 @@ def test_pipeline_by_hand():
     assert (four["seconds"], four["exposed_s"]) == (8, 0)
     assert four["gaps"] == [(5, 6), (7, 8)] and four["idle_s"] == 2
     assert _C.pipeline(**model)["degree"] == 4
+    # half of a pass is late: 0-4 dispatch, 4-8 results, 8-12 the late half hides the return 8-10
+    one = _C.pipeline(**model, degree=1, late=(0, 0.5))
+    assert (one["seconds"], one["exposed_s"], one["gaps"]) == (12, 4, [(4, 8), (10, 12)])
+    # own rows 0-4 hide the dispatch, remote rows 4-8, return 6-8
+    two = _C.pipeline(**model, degree=2, late=(0, 0.5))
+    assert (two["seconds"], two["exposed_s"], two["gaps"]) == (8, 0, [(4, 6)])
 
 
 def test_best_degree_is_the_lowest_of_the_fastest():

@@ -146,7 +146,7 @@ def model_of(**changes):
     return CostModel(**{**dict(
         machine=machine_facts(), device="cpu", world=2, ep=2,
         links={("a2a", "c10d"): line, ("a2a", "p2p"): slow, ("allreduce", "c10d"): line},
-        experts=(ExpertPass(shape, line, slow),), gemm=line, copy=line, versions={"torch": "2.13"},
+        experts=(ExpertPass(shape, line, slow, line),), gemm=line, copy=line, versions={"torch": "2.13"},
         date="2026-01-01T00:00:00+00:00", seconds=1.5, notes=("a2a nccl: not available here",),
         layers={"c10d": (LayerLine(1e-3, 1e-9, 0.5, points, 4e-4, (2e-3, 3e-3, 4e-3)),
                          LayerLine(2e-3, 0.0, 1.0))}), **changes})
@@ -184,6 +184,7 @@ def test_passes_of_other_shapes_are_scaled():
     more = model.expert_pass(ExpertShape(64, 32, 8)).backward
     assert more.beta_s == pytest.approx(measured.backward.beta_s)
     assert more.alpha_s == pytest.approx(2 * measured.backward.alpha_s)
+    assert model.expert_pass(ExpertShape(64, 32, 8)).late.alpha_s == pytest.approx(2 * measured.late.alpha_s)
     with pytest.raises(ValueError, match="no expert pass in bfloat16 was measured; there are float32"):
         model.expert_pass(ExpertShape(64, 32, 4, "bfloat16"))
     for bad in ((0, 32, 4), (64, 32, 1025), (64, 1.5, 4), (64, 32, 4, "int8")):

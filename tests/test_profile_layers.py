@@ -18,9 +18,9 @@ from lina.parallel import (
 )
 from lina.parallel.plan.predict import pipeline
 
-LINK, PASS = Line(1e-4, 1e-9, 1.0), Line(1e-5, 1e-8, 1.0)
+LINK, PASS, LATE = Line(1e-4, 1e-9, 1.0), Line(1e-5, 1e-8, 1.0), Line(4e-6, 5e-9, 1.0)
 MODEL = CostModel(machine_facts(), "cpu", 2, 2, {("a2a", "c10d"): LINK},
-                  (ExpertPass(ExpertShape(64, 32, 4), PASS, PASS),),
+                  (ExpertPass(ExpertShape(64, 32, 4), PASS, PASS, LATE),),
                   layers={"c10d": (LayerLine(1e-3, 1e-9, 0.5, (), 4e-4), LayerLine(2e-3, 0.0, 1.0))})
 REST, MORE = Line(3e-4, 2e-9, 1.0), 1e-4       # a layer's beside exchanges and experts; of each pass more
 
@@ -28,11 +28,11 @@ REST, MORE = Line(3e-4, 2e-9, 1.0), 1e-4       # a layer's beside exchanges and 
 def layer_times(rest=REST, more=MORE, cases=((64, 1), (64, 2), (64, 3), (1024, 1), (1024, 3), (8192, 1))):
     """A layer's by the cost model, and that; tokens of 64 floats."""
     model = MODEL
-    link, found = model.line("a2a", "c10d"), []
+    found = []
     for tokens, degree in cases:
         layer = LayerLoad("layer", 8, 2, 64, 32, 4, "float32", "swiglu", tokens, 0, 0, 0, 0, 0).spread(2)
         n = 256.0 * tokens
-        took = [pipeline(layer, model, link, way, degree) + (1 + way) * (rest.time(n) + (degree - 1) * more)
+        took = [pipeline(layer, model, "c10d", way, degree) + (1 + way) * (rest.time(n) + (degree - 1) * more)
                 for way in range(2)]
         found.append(LayerTimes(layer, degree, *(Point(n, s, 0.9 * s, 1.1 * s) for s in took)))
     return model, found

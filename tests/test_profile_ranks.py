@@ -47,8 +47,9 @@ def one_model(device):
     dist.all_gather_object(said, model.as_json())
     assert said[0] == said[1] and CostModel.from_json(said[0]) == model
     assert (model.world, model.ep, model.device) == (2, 2, device.type) and model.notes == ()
+    experts = ["experts_fwd", "experts_bwd", "experts_dw"]
     assert [row[0] for row in model.rows()] == \
-        ["a2a", "allreduce", "experts_fwd", "experts_bwd", "gemm", "copy", "layer_fwd", "layer_bwd"]
+        ["a2a", "allreduce", *experts, "gemm", "copy", "layer_fwd", "layer_bwd"]
     for op, _, _, line in model.rows():
         assert len(line.points) >= 3 and -1e-12 <= line.r2 <= 1
         assert all(p.low_s <= p.time_s <= p.high_s for p in line.points)
@@ -232,7 +233,7 @@ def test_a_rank_that_fails_is_one_line(main, monkeypatch, tmp_path):
 @pytest.mark.gpu
 def test_one_gpu():
     model = lina.profile(device="cuda", budget_s=3, shapes=[ExpertShape(256, 256, 8, "bfloat16")])
-    assert [row[0] for row in model.rows()] == ["experts_fwd", "experts_bwd", "gemm", "copy"]
+    assert [row[0] for row in model.rows()] == ["experts_fwd", "experts_bwd", "experts_dw", "gemm", "copy"]
     assert all(line.alpha_s + line.beta_s > 0 for _, _, _, line in model.rows())
     assert model.copy.beta_s < 1e-10                    # no GPU that lina runs on copies below 10 GB/s
     assert dataclasses.replace(model, notes=()) == model

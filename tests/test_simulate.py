@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -69,6 +70,18 @@ def test_own_rows_hide_the_exchanges():
         r = simulate.step([layer], 2, 2, ONE_LINKS, "lina", degrees=(degree, 1), watch=[0])
         exactly(max(s.stop for s in r.spans if "backward" not in s.name), forward)
         assert sum(s.name == "one experts" for s in r.spans) == passes
+
+
+def test_late_work_hides_what_goes_back():
+    """Half a row's backward is late, and half the start: the return starts when the rest is done."""
+    layer = Layer("one", (0.0, 0.0), (), dataclasses.replace(ONE.experts, late_s=(0.5, 0.1)))
+    plain, lina = (simulate.step([layer], 2, 2, ONE_LINKS, schedule, degrees=(1, 1), watch=[0])
+                   for schedule in ("plain", "lina"))
+    returned = [next(s for s in r.spans if s.name == "one return backward") for r in (plain, lina)]
+    exactly(returned[0].start - returned[1].start, 0.5 + 10 * 0.1)
+    exactly(plain.step_s - lina.step_s, 0.1 + 0.5)              # the return, which is shorter
+    exactly(plain.compute_s, lina.compute_s)
+    assert [s.name for s in lina.spans].count("one experts backward") == 2
 
 
 def test_best_degree_is_the_fastest():

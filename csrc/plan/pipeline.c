@@ -22,6 +22,11 @@ void lina_pipeline_passes(const lina_pipeline_model *model, int degree, lina_pas
   if (degree > 2) pass[degree - 1] = (lina_pass){own / 2, -1};
 }
 
+double lina_pipeline_late(const lina_pipeline_model *model, lina_pass pass) {
+  if (pass.chunk < 0) return 0;
+  return fmin(lina_link_cost(model->late, pass.rows), lina_link_cost(model->pass, pass.rows));
+}
+
 static int check(const lina_pipeline_model *model, const char *name, int degree) {
   const struct {
     const char *name;
@@ -33,6 +38,7 @@ static int check(const lina_pipeline_model *model, const char *name, int degree)
                  {"own_rows + remote_rows", model->own_rows + model->remote_rows}};
   int rc = lina_link_check("pipeline", "a2a", model->a2a);
   if (rc == LINA_OK) rc = lina_link_check("pipeline", "pass", model->pass);
+  if (rc == LINA_OK) rc = lina_link_check("pipeline", "late", model->late);
   if (rc != LINA_OK) return rc;
   for (int i = 0; i < 5; i++)
     if (!(amounts[i].value >= 0) || !isfinite(amounts[i].value))
@@ -60,7 +66,7 @@ static void plan_of(const lina_pipeline_model *model, int degree, lina_pipeline 
     plan->compute_s += pass_s;
     if (c < 0) continue;
     free_from[c] = carried;
-    free_to[c] = back_s > 0 ? fmax(carried, ended) : carried;
+    free_to[c] = back_s > 0 ? fmax(carried, ended - lina_pipeline_late(model, pass[p])) : carried;
     carried = free_to[c] + back_s;
   }
   plan->seconds = fmax(ended, carried);

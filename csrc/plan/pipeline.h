@@ -14,13 +14,16 @@
  *
  *   arrived[c] = arrived[c-1] + t_a2a(dispatch_bytes / C)
  *   ended[p]   = max(ended[p-1], arrived[chunk of p]) + t_pass(rows of p)
- *   back[c]    = max(back[c-1], ended[pass of c]) + t_a2a(return_bytes / C)
+ *   ready[p]   = ended[p] - t_late(rows of p)
+ *   back[c]    = max(back[c-1], ready[pass of c]) + t_a2a(return_bytes / C)
  *   seconds    = max(ended[last], back[C-1]),  back[-1] = arrived[C-1]
  *
  * A pass without rows and an a2a without bytes take no time: on one rank nothing
- * travels. Forward and backward are two models with two best degrees.
+ * travels. Forward and backward are two models with two best degrees; backward,
+ * weights' gradients are late: computed while what a pass gives back travels.
  *
- * Source: the pipelines of Lina, arXiv:2210.17223, and FSMoE, arXiv:2501.10714.
+ * Source: the pipelines of Lina, arXiv:2210.17223, and FSMoE, arXiv:2501.10714;
+ * weights' gradients beside a2a's, Lancet, arXiv:2404.19429.
  * Differs: FSMoE solves closed forms, one a region of the parameters, by
  * sequential quadratic programming; here the recurrence is exact and the degrees
  * are few, so they are tried one by one. Own rows, which those systems send
@@ -42,6 +45,7 @@ typedef struct {
   lina_link a2a;                 /* seconds of an a2a over the bytes a rank sends */
   double dispatch_bytes, return_bytes; /* of all remote rows */
   lina_link pass;                /* seconds of an expert pass over its rows */
+  lina_link late;                /* those of them after its results; at most the pass's */
   double own_rows, remote_rows;
 } lina_pipeline_model;
 
@@ -69,6 +73,10 @@ int lina_pipeline_chunks(int degree);
 
 /* Writes `degree` passes, in order. 1 <= degree <= LINA_PIPELINE_MAX. */
 void lina_pipeline_passes(const lina_pipeline_model *model, int degree, lina_pass *pass);
+
+/* Seconds at the end of a pass in which its results are there already; a pass of own
+ * rows alone gives nothing back, and has none. */
+double lina_pipeline_late(const lina_pipeline_model *model, lina_pass pass);
 
 /* The plan at one degree.
  * Errors: LINA_EINVAL (a link, bytes, rows or the time negative or not finite, degree

@@ -57,6 +57,7 @@ typedef struct {
   double glue_s[2]; /* gate and sort, or combine's backward: right before the dispatch,
                                     which is imminent while it runs */
   lina_link pass[2]; /* experts' seconds over rows: launch and weights, a row */
+  lina_link late;    /* those of pass[LINA_SIM_BACKWARD] after its results (pipeline.h) */
   double own_rows, remote_rows; /* tokens of this rank, and of others, for this rank's experts */
   double dispatch_bytes[2], return_bytes[2]; /* that leave the rank */
   int64_t expert_bytes; /* gradients of this rank's experts */

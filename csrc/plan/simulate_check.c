@@ -21,6 +21,7 @@ static int check_layer(const lina_sim_layer *layer, int64_t i) {
     LINA_TRY(lina_link_check("simulate", "pass", layer->pass[phase]));
   }
   if (layer->moe) {
+    LINA_TRY(lina_link_check("simulate", "late", layer->late));
     LINA_TRY(check_value("own_rows", i, layer->own_rows));
     LINA_TRY(check_value("remote_rows", i, layer->remote_rows));
     LINA_TRY(check_value("expert_bytes", i, (double)layer->expert_bytes));

@@ -64,11 +64,6 @@ done:
   return rc;
 }
 
-/* A pass without rows is none, as in pipeline.h. */
-static double pass_s(lina_link pass, double rows) {
-  return rows > 0 ? lina_link_time(pass, rows) : 0;
-}
-
 /* The layer as pipeline.h plans it: on the first group's links, for all ranks. */
 static lina_pipeline_model pipeline_of(const lina_sim_args *a, const lina_sim_layer *layer,
                                        int phase) {
@@ -79,6 +74,7 @@ static lina_pipeline_model pipeline_of(const lina_sim_args *a, const lina_sim_la
                                .dispatch_bytes = layer->dispatch_bytes[phase],
                                .return_bytes = layer->return_bytes[phase],
                                .pass = layer->pass[phase],
+                               .late = phase == LINA_SIM_BACKWARD ? layer->late : (lina_link){0, 0},
                                .own_rows = layer->own_rows,
                                .remote_rows = layer->remote_rows};
 }
@@ -99,10 +95,13 @@ static int add_passes(sim_program *p, const lina_pipeline_model *model, int degr
   for (int n = 0; n < degree; n++) {
     const int c = pass[n].chunk;
     if (c >= 0) LINA_TRY(plain_step(p, SIM_WAIT, out + c));
-    LINA_TRY(run_step(p, LINA_SIM_PASS, phase, i, pass_s(model->pass, pass[n].rows)));
+    const double late_s = lina_pipeline_late(model, pass[n]);
+    LINA_TRY(
+        run_step(p, LINA_SIM_PASS, phase, i, lina_link_cost(model->pass, pass[n].rows) - late_s));
     if (c < 0) continue;
     LINA_TRY(plain_step(p, SIM_RAISE, 1));
     LINA_TRY(plain_step(p, SIM_ISSUE, back + c));
+    if (late_s > 0) LINA_TRY(run_step(p, LINA_SIM_PASS, phase, i, late_s));
   }
   LINA_TRY(plain_step(p, SIM_WAIT, back + chunks - 1));
 done:
@@ -134,7 +133,7 @@ static int add_moe(const lina_sim_args *a, sim_program *p, int phase, int64_t i)
   int rc = run_step(p, LINA_SIM_GLUE, phase, i, layer->glue_s[phase]); /* nothing travels */
   if (rc != LINA_OK) return rc;
   double rows = layer->own_rows + layer->remote_rows;
-  return run_step(p, LINA_SIM_PASS, phase, i, pass_s(layer->pass[phase], rows));
+  return run_step(p, LINA_SIM_PASS, phase, i, lina_link_cost(layer->pass[phase], rows));
 }
 
 /* ---- the step ---- */

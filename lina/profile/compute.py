@@ -19,7 +19,6 @@ ROWS = {"cuda": (32, 128, 512, 2048), "cpu": (8, 32, 128, 512)}
 # Beyond the caches: 16 MiB to 128 MiB, 64 MiB to 1 GiB.
 COPIES = {"cpu": tuple(16384 * KIB * 2**i for i in range(4)),
           "cuda": tuple(65536 * KIB * 2**i for i in range(5))}
-NEED = 1 | 2 | 4 | 16        # experts_bwd's bits for the gradients of x, router weights, w_up and w_down
 
 
 def default_shape(device: str, ep: int) -> ExpertShape:
@@ -66,13 +65,24 @@ class Experts:
 
     def backward(self, rows: int) -> Run:
         """All gradients: of tokens, router weights and both weights."""
+        given, need = self._passed(rows), lina.ops.moe_needs(True, True, True, False, True, False)
+        return lambda: torch.ops.lina.experts_bwd(*given, *[None] * 3, *self.form, need)
+
+    def late(self, rows: int) -> Run:
+        """Both weights' gradients, from what the call before kept that gave the others."""
+        given, ops = self._passed(rows), torch.ops.lina
+        first = lina.ops.moe_needs(True, True, *[False] * 4) | lina.ops.NEED_KEPT
+        *_, dh, a = ops.experts_bwd(*given, *[None] * 3, *self.form, first)
+        need = lina.ops.moe_needs(False, False, True, False, True, False)
+        return lambda: ops.experts_bwd(*given, None, dh, a, *self.form, need)
+
+    def _passed(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """What backward is given of a pass."""
         x, weight, ids = self._tokens(rows)
         ops = torch.ops.lina
         offset, row_pair, pair_row = ops.sort(ids, self.shape.local)
         _, h = ops.experts_fwd(x, offset, row_pair, self.w_up, None, self.w_down, None, 1, *self.form, True)
-        dout = torch.randn_like(x)
-        return lambda: ops.experts_bwd(dout, weight, x, h, offset, row_pair, pair_row, self.w_up,
-                                       self.w_down, *[None] * 3, *self.form, NEED)
+        return (torch.randn_like(x), weight, x, h, offset, row_pair, pair_row, self.w_up, self.w_down)
 
 
 def gemm_flops(shape: ExpertShape, device: str) -> list[int]:

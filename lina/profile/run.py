@@ -28,9 +28,10 @@ from lina.parallel import (
 from lina.profile import compute, layers, links
 from lina.profile.measure import Prepare, Ranks, sweep
 
-# Shares of the time of one link, one shape's passes in one direction, products, copies, whole layers over
+# Shares of the time of one link, one kind of one shape's passes, products, copies, whole layers over
 # one transport.
 LINK, PASS, GEMM, COPY, LAYER = 4.0, 2.0, 1.0, 1.0, 4.0
+PASSES = {"forward": "experts forward", "backward": "experts backward", "late": "weights' gradients"}
 Measure = Callable[[float], str]        # in so many seconds; why not, or nothing
 
 
@@ -87,10 +88,10 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
         elif transports is not None and key[1] in wanted:
             notes.append(f"{key[0]} {key[1]}: not available here")
     for shape in shapes:
-        for way in ("forward", "backward"):
-            tasks.append((PASS, f"experts {way}", _line(ranks, _on_experts(ranks, shape, way),
-                                                        compute.expert_rows(shape, kind),
-                                                        partial(passes[shape].__setitem__, way))))
+        for way, name in PASSES.items():
+            tasks.append((PASS, name, _line(ranks, _on_experts(ranks, shape, way),
+                                            compute.expert_rows(shape, kind),
+                                            partial(passes[shape].__setitem__, way))))
     if shapes:
         tasks.append((GEMM, "gemm", _line(ranks, partial(compute.gemm, ranks, shapes[0]),
                                           compute.gemm_flops(shapes[0], kind),
@@ -113,8 +114,8 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
         why = measured(share * (budget_s - spent))
         if why:
             notes.append(f"{name}: {why}")
-    experts = tuple(ExpertPass(shape, lines["forward"], lines["backward"])
-                    for shape, lines in passes.items() if len(lines) == 2)
+    experts = tuple(ExpertPass(shape, **lines) for shape, lines in passes.items()
+                    if len(lines) == len(PASSES))
     model = CostModel(
         machine_facts(), kind, 1 if ranks.world is None else ranks.world.size(), ep, found_links, experts,
         single.get("gemm"), single.get("copy"), shapes[0].dtype if shapes else "float32", _versions(),

@@ -34,6 +34,7 @@ class Experts:
     dispatch_bytes, return_bytes: what leaves the rank in an exchange.
     grad_bytes: gradients of this rank's experts.
     gate_s: gate and sort; combine's backward. Comes right before the dispatch.
+    late_s: line of that part of a pass backward that follows its results: weights' gradients.
     """
 
     pass_s: tuple[Line, Line]
@@ -43,6 +44,7 @@ class Experts:
     return_bytes: Pair
     grad_bytes: int
     gate_s: Pair = (0.0, 0.0)
+    late_s: Line = (0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +135,8 @@ def step(layers: Sequence[Layer], ranks: int, ep: int, links: Links, schedule: s
 
     ep: ranks that a layer's experts are spread over; a divisor of `ranks`.
     schedule: "plain": buckets are reduced whole and as soon as they are ready, beside a2a's, and
-        layers are not pipelined; "lina": a2a's first, buckets cut into micro-ops of `micro_op_s`
-        seconds, layers pipelined; "fixed": as "lina", with micro-ops of 30 MB.
+        layers are not pipelined, nothing is late; "lina": a2a's first, buckets cut into micro-ops of
+        `micro_op_s` seconds, layers pipelined; "fixed": as "lina", with micro-ops of 30 MB.
     degrees: passes of a layer forward, backward; 0 is the best by the cost model, up to
         `max_degree`, for each layer. None: 1, 1 for "plain", else 0, 0.
     unit: micro-ops are whole multiples of so many bytes.
@@ -156,7 +158,7 @@ def step(layers: Sequence[Layer], ranks: int, ep: int, links: Links, schedule: s
         raise ValueError(f"simulate: micro_op_s={micro_op_s}, over 0")
     plain = schedule == "plain"
     found = _C.simulate(
-        tuple(_layer(layer) for layer in layers),
+        tuple(_layer(layer, plain) for layer in layers),
         tuple(grad for layer in layers for grad in layer.dense_grads),
         ranks, ep, links.node, links.a2a, links.reduce, links.share, not plain,
         micro_op_s if schedule == "lina" else 0.0, FIXED_BYTES if schedule == "fixed" else 0, unit,
@@ -169,10 +171,10 @@ def step(layers: Sequence[Layer], ranks: int, ep: int, links: Links, schedule: s
 _NO_EXPERTS = Experts(((0.0, 0.0), (0.0, 0.0)), 0.0, 0.0, (0.0, 0.0), (0.0, 0.0), 0)
 
 
-def _layer(layer: Layer) -> tuple[Any, ...]:
+def _layer(layer: Layer, plain: bool) -> tuple[Any, ...]:
     e = layer.experts or _NO_EXPERTS
-    return (layer.dense_s, layer.experts is not None, e.gate_s, *e.pass_s, e.own_rows, e.remote_rows,
-            e.dispatch_bytes, e.return_bytes, e.grad_bytes, len(layer.dense_grads))
+    return (layer.dense_s, layer.experts is not None, e.gate_s, *e.pass_s, (0.0, 0.0) if plain else e.late_s,
+            e.own_rows, e.remote_rows, e.dispatch_bytes, e.return_bytes, e.grad_bytes, len(layer.dense_grads))
 
 
 def _result(found: dict[str, Any], layers: Sequence[Layer], schedule: str, ranks: int, ep: int) -> Result:

@@ -192,4 +192,4 @@ def _experts(shape: Shape, experts: int, ep: int, machine: Machine, tokens: int,
         pass_s=((LAUNCH_S + weights_s, row_s), (2 * LAUNCH_S + 2 * weights_s, 2 * row_s)),
         own_rows=rows / ep, remote_rows=rows - rows / ep, dispatch_bytes=(nbytes, nbytes),
         return_bytes=(nbytes, nbytes), grad_bytes=params * shape.grad,
-        gate_s=(LAUNCH_S + gate_s, LAUNCH_S + gate_s))
+        gate_s=(LAUNCH_S + gate_s, LAUNCH_S + gate_s), late_s=(LAUNCH_S + weights_s, row_s))

@@ -108,7 +108,7 @@ class CostModel:
         row = one / (near.shape.dim * near.shape.ffn_dim)
         all_weights = row * shape.local / near.shape.local
         lines = [replace(line, alpha_s=line.alpha_s * all_weights, beta_s=line.beta_s * row, points=())
-                 for line in (near.forward, near.backward)]
+                 for line in near.lines]
         return ExpertPass(shape, *lines)
 
     def rows(self) -> list[tuple[str, str, str, Line]]:
@@ -116,7 +116,8 @@ class CostModel:
         found = [(op, transport, "bytes", line) for (op, transport), line in self.links.items()]
         for e in self.experts:
             where = f"{e.shape.local} x {e.shape.dim} x {e.shape.ffn_dim} {e.shape.dtype}"
-            found += [("experts_fwd", where, "rows", e.forward), ("experts_bwd", where, "rows", e.backward)]
+            names = "experts_fwd", "experts_bwd", "experts_dw"
+            found += [(name, where, "rows", line) for name, line in zip(names, e.lines, strict=True)]
         if self.gemm is not None:
             found.append(("gemm", self.dtype, "flops", self.gemm))
         if self.copy is not None:
@@ -162,8 +163,8 @@ class CostModel:
             if value["kind"] != KIND or value["format"] != FORMAT:
                 raise ValueError(f"kind {value['kind']!r}, format {value['format']!r}; here {KIND!r}, "
                                  f"{FORMAT}: run `lina profile` again")
-            experts = tuple(ExpertPass(ExpertShape(**e["shape"]), *(read_line(e[way]) for way in
-                                                                    ("forward", "backward")))
+            experts = tuple(ExpertPass(ExpertShape(**e["shape"]), *(read_line(e[part]) for part in
+                                                                    ("forward", "backward", "late")))
                             for e in value["experts"])
             links = {(str(v["operation"]), str(v["transport"])): read_line(v) for v in value["links"]}
             layers = {str(v["transport"]): (read_layer_line(v["forward"]), read_layer_line(v["backward"]))

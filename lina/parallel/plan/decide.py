@@ -221,8 +221,7 @@ def _tried(load: Workload, cost: CostModel, transports: tuple[str, ...], degree:
             if name == "p2p":                        # whose passes take SMs, of which the model knows nothing
                 best = degree if degree is not None and degree[0] == degree[1] else best
             elif load.ep > 1 and load.layers:
-                most = min(MAX_DEGREE, 2 + 1024 // load.ep)
-                best = degree or best_degree(load, cost, name, most)
+                best = degree or best_degree(load, cost, name, MAX_DEGREE)
             for passes in dict.fromkeys([(1, 1), best]):
                 sizes = MICRO_OPS_S if micro_op_s is None else (micro_op_s,)
                 for size in sizes if schedule == "lina" else sizes[:1]:

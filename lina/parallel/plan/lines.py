@@ -119,11 +119,20 @@ class ExpertShape:
 
 @dataclass(frozen=True)
 class ExpertPass:
-    """Seconds by rows (token-expert pairs) of one pass over a rank's experts."""
+    """Seconds by rows (token-expert pairs) of one pass over a rank's experts.
+
+    Attributes:
+        late: of weights' gradients, a part of ``backward`` that may follow what the pass gives back.
+    """
 
     shape: ExpertShape
     forward: Line
     backward: Line
+    late: Line = Line(0.0, 0.0, 1.0)
+
+    @property
+    def lines(self) -> tuple[Line, Line, Line]:
+        return self.forward, self.backward, self.late
 
 
 def read_line(value: dict[str, Any]) -> Line:

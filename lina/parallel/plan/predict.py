@@ -69,7 +69,7 @@ class LayerLoad:
         if not wide:
             return found
         lines = [dataclasses.replace(line, alpha_s=2 * line.alpha_s, beta_s=2 * line.beta_s)
-                 for line in (found.forward, found.backward)]
+                 for line in found.lines]
         return ExpertPass(found.shape, *lines)
 
     def spread(self, ep: int) -> LayerLoad:
@@ -122,13 +122,26 @@ def links(cost: CostModel, transport: str, schedule: str, *, ep: int, world: int
             cost.line("allreduce", reducer) if world > 1 else nothing)
 
 
-def pipeline(layer: LayerLoad, cost: CostModel, a2a: Line, way: int, degree: int) -> float:
+def hides(transport: str, degree: int) -> bool:
+    """Whether weights' gradients are computed while what a pass gives back travels: not over p2p, nor over
+    c10d in one pass, where an operator computes all of backward (tokens/spread.py, p2p.py)."""
+    return transport == "nccl" or (transport == "c10d" and degree > 1)
+
+
+def late(found: ExpertPass, transport: str, degree: int) -> Pair:
+    """The line of what follows a pass's results backward."""
+    return (found.late.alpha_s, found.late.beta_s) if hides(transport, degree) else (0.0, 0.0)
+
+
+def pipeline(layer: LayerLoad, cost: CostModel, transport: str, way: int, degree: int) -> float:
     """Seconds of a layer's experts and exchanges; ``way`` 0 forward, 1 backward."""
-    line = (layer.expert_pass(cost).forward, layer.expert_pass(cost).backward)[way]
+    found = layer.expert_pass(cost)
+    line, a2a = found.lines[way], cost.line("a2a", transport) if layer.rows else Line(0.0, 0.0, 1.0)
     return _C.pipeline(
         a2a=(a2a.alpha_s, a2a.beta_s), dispatch_bytes=layer.rows * layer.out_bytes()[way],
         return_bytes=layer.rows * layer.back_bytes()[way], expert=(line.alpha_s, line.beta_s),
-        own_rows=layer.own_pairs, remote_rows=layer.remote_pairs, degree=degree)["seconds"]
+        own_rows=layer.own_pairs, remote_rows=layer.remote_pairs, degree=degree,
+        late=late(found, transport, degree) if way else (0.0, 0.0))["seconds"]
 
 
 def rest(layer: LayerLoad, cost: CostModel, transport: str, way: int, degree: int) -> float:
@@ -140,8 +153,7 @@ def rest(layer: LayerLoad, cost: CostModel, transport: str, way: int, degree: in
 
 def layers_s(load: Workload, cost: CostModel, transport: str, way: int, degree: int) -> float:
     """Seconds of all spread layers without the dense part, each alone; ``way`` as :func:`pipeline`'s."""
-    a2a = links(cost, transport, "plain", ep=load.ep, world=load.world)[0]
-    seconds = sum(pipeline(layer, cost, a2a, way, degree) for layer in load.layers)
+    seconds = sum(pipeline(layer, cost, transport, way, degree) for layer in load.layers)
     if load.ep > 1:
         seconds += sum(rest(layer, cost, transport, way, degree) for layer in load.layers)
     return seconds
@@ -169,24 +181,26 @@ def predict(load: Workload, cost: CostModel, *, transport: str = "c10d", schedul
     forward, backward = (s / max(1, len(load.layers)) for s in load.dense_s)
     more = [tuple(rest(layer, cost, transport, way, degree[way]) if load.ep > 1 else 0.0 for way in range(2))
             for layer in load.layers]
-    layers: list[Any] = [((forward, backward), True, around, *_experts(layer, cost), len(grads))
+    layers: list[Any] = [((forward, backward), True, around,
+                          *_experts(layer, cost, transport, max(degree)), len(grads))
                          for layer, around, grads in zip(load.layers, more, load.dense_grads, strict=False)]
     last = load.dense_s if not load.layers else (0.0, 0.0)
-    layers.append((last, False, (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 0.0, (0.0, 0.0), (0.0, 0.0), 0,
+    layers.append((last, False, *[(0.0, 0.0)] * 4, 0.0, 0.0, (0.0, 0.0), (0.0, 0.0), 0,
                    len(load.dense_grads[-1])))
     found = _C.simulate(
         tuple(layers), tuple(n for grads in load.dense_grads for n in grads), groups * load.ep, load.ep,
         groups * load.ep, (near, near), (over, over), SHARE[load.device], schedule == "lina",
         micro_op_s if schedule == "lina" else 0.0, 0, UNIT, degree, 64, load.bucket_bytes,
-        load.first_bucket_bytes, True, load.outside_s, 0.0, 0, 0, ())
+        load.first_bucket_bytes, schedule == "plain", load.outside_s, 0.0, 0, 0, ())
     return found["step_s"]
 
 
-def _experts(layer: LayerLoad, cost: CostModel) -> tuple[Any, ...]:
+def _experts(layer: LayerLoad, cost: CostModel, transport: str, degree: int) -> tuple[Any, ...]:
     found, out, back = layer.expert_pass(cost), layer.out_bytes(), layer.back_bytes()
     return ((found.forward.alpha_s, found.forward.beta_s), (found.backward.alpha_s, found.backward.beta_s),
-            layer.own_pairs, layer.remote_pairs, (layer.rows * out[0], layer.rows * out[1]),
-            (layer.rows * back[0], layer.rows * back[1]), layer.expert_bytes)
+            late(found, transport, degree), layer.own_pairs, layer.remote_pairs,
+            (layer.rows * out[0], layer.rows * out[1]), (layer.rows * back[0], layer.rows * back[1]),
+            layer.expert_bytes)
 
 
 def calibrate(load: Workload, cost: CostModel, transport: str) -> Workload:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lina.parallel.plan.cost import CostModel
-from lina.parallel.plan.lines import LayerLine, Line, Point
+from lina.parallel.plan.lines import LayerLine, Point
 from lina.parallel.plan.predict import LayerLoad, pipeline
 
 
@@ -35,16 +35,15 @@ def layer_lines(cost: CostModel, transport: str, times: Sequence[LayerTimes]) ->
     Raises:
         ValueError: fewer than two sizes in one pass; a link or a dtype of experts was not measured.
     """
-    a2a = cost.line("a2a", transport)
-    return _fitted(cost, a2a, times, 0), _fitted(cost, a2a, times, 1)
+    return _fitted(cost, transport, times, 0), _fitted(cost, transport, times, 1)
 
 
-def _fitted(cost: CostModel, a2a: Line, times: Sequence[LayerTimes], way: int) -> LayerLine:
+def _fitted(cost: CostModel, transport: str, times: Sequence[LayerTimes], way: int) -> LayerLine:
     whole: dict[tuple[float, int], Point] = {}
     rest: dict[tuple[float, int], Point] = {}
     for t in times:
         point = (t.forward, t.backward)[way]
-        known = pipeline(t.load, cost, a2a, way, t.degree)
+        known = pipeline(t.load, cost, transport, way, t.degree)
         whole[point.n, t.degree] = point
         rest[point.n, t.degree] = replace(point, time_s=point.time_s - known, low_s=point.low_s - known,
                                           high_s=point.high_s - known)
