@@ -8,7 +8,8 @@ model has (--layers) take as much less of its vocabulary. Designs, by name@forwa
 `torch`: torch's DDP with its default hook on the dense part, experts by the plain all-to-all of bench_ep.py
 (`torch-select` likewise); `plain`: lina.ddp(schedule="plain") over c10d; `c10d`, `nccl`, `p2p`:
 schedule="lina" over that transport; `packed`: the same with all experts on every rank (lina.regroup,
-before the model is wrapped); `auto`: schedule="auto", which may move experts too.
+before the model is wrapped); `auto`: schedule="auto", which may move experts too. `tutel@N`: the layer of
+microsoft/tutel where that is installed, N its a2a_ffn_overlap_degree, else as `torch`.
 
 Before a design is timed: in float32, on a small model, its gradients equal the first design's but for
 rounding, and so do the losses of five steps; in bf16, on the timed model, the losses of five steps (bounds:
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from statistics import mean
 from typing import Any
 
 import torch
@@ -92,13 +94,15 @@ class Bench:
             group = parallel.groups(self.mesh).ep
             row["a2a alone"] = vars(replay(self.p, sizes, group, self.clock, self.dtype))
             row["rows_to_each_rank"] = [e.send for e in sizes]
+        elif name == "tutel":
+            row["padding"] = [block.moe.padding for block in trainer.model.blocks]
         else:
             row["hidden_by_trace"] = hidden_by_trace(trainer)
         if self.clock.cuda:
             shares: list[float | None] = []
             why = attempt(lambda: shares.append(hidden_by_kernels(trainer)))
             row["hidden_by_kernels"] = f"not measured: {why}" if why else shares[0]
-        if self.cost is not None and not name.startswith("torch"):
+        if self.cost is not None and not trainer.foreign:
             optimizer_s = self.clock.stages([trainer.optimizer.step])[0].median
             row["predicted_s"] = step_s(trainer.model, self.p, self.mesh, self.cost, self.dense, optimizer_s,
                                         name, degree, self.tokens)
@@ -158,6 +162,8 @@ def describe(label: str, row: dict[str, Any], base: dict[str, Any] | None) -> st
         if key in row:
             share = row[key]
             said.append(f"hidden by {name} " + (f"{share:.1%}" if isinstance(share, float) else f"{share}"))
+    if "padding" in row:
+        said.append(f"rows by padding x{mean(row['padding']):.2f} (at most x{max(row['padding']):.2f})")
     if row["released"]:
         said.append(f"gradients were let go on {row['released']} times")
     if "peak_gib" in row:

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from models import GPT, Exchanged, PlainMoE, Preset
 from multi import Clock, Timing, off, slowest
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from tutel_layer import TutelMoE
 
 import lina
 from lina import parallel, tracing
@@ -62,8 +63,9 @@ class Trainer:
         self.hook: lina.HookState | None = None
         self.experts = parallel.expert_parameters(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, fused=True)
-        if name.startswith("torch"):
-            self.wrapped = self._plain(name == "torch-select")
+        self.foreign = name == "tutel" or name.startswith("torch")
+        if self.foreign:
+            self.wrapped = self._plain(degree)
         elif name == "plain":
             self.wrapped = lina.ddp(self.model, mesh, schedule="plain")
         elif name == "auto":
@@ -81,10 +83,17 @@ class Trainer:
         self.model(*self.batch).backward()
         self.model.zero_grad(set_to_none=True)
 
-    def _plain(self, select: bool) -> DistributedDataParallel:
+    def _moe(self, moe: lina.MoE, degree: tuple[int, int]) -> nn.Module:
+        if self.name == "tutel":
+            return TutelMoE(moe, self.groups.ep, degree)
+        return PlainMoE(moe, self.groups.ep, self.name == "torch-select")
+
+    def _plain(self, degree: tuple[int, int]) -> DistributedDataParallel:
         ignored = [e.name for e in self.experts]
         for block in self.model.blocks:
-            block.moe = PlainMoE(block.moe, self.groups.ep, select)
+            block.moe = self._moe(block.moe, degree)
+        if self.name == "tutel":
+            self._load()
         world = self.groups.world.size()
         for e in self.experts:             # a sum over all ranks' tokens, of losses that are each rank's mean
             e.param.register_hook(lambda grad: grad * (1 / world))
