@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAIN = "build/fuzz/plain"
 CC = os.environ.get("CC", "cc")
 PATIENCE_S = 20.0
+AHEAD = 100  # calls of a thread, a millisecond each of the fake's streams, which an abort lets end
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("make") and shutil.which(CC)), reason="needs make and a C compiler"
@@ -97,8 +98,11 @@ class Reducer:
 
     def _reduce(self) -> None:
         try:
-            while True:
+            for _ in range(AHEAD):
                 self.reduce()
+            while True:
+                self.comm.check()
+                time.sleep(1e-3)
         except RuntimeError as error:
             self.errors.append(str(error))
 
