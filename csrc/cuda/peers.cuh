@@ -39,6 +39,15 @@ static __device__ __forceinline__ uint64_t peers_signal(uint32_t epoch, uint32_t
   return (uint64_t)epoch << 32 | tag << 24 | count;
 }
 
+/* For a whole warp, whose lanes have read `failed`: rows of a rank that failed do not leave, for
+ * they might meet experts that still read those of the round before. */
+static __device__ __forceinline__ uint32_t peers_read_failed(const lina_peers_state *state) {
+  return *(const volatile uint32_t *)&state->failed;
+}
+static __device__ __forceinline__ bool peers_stays(uint32_t failed) {
+  return __any_sync(LINA_FULL, failed != 0);
+}
+
 /* The first failure of this rank: told to the host once, then to all later waits. */
 static __device__ inline void peers_fail(const lina_peers_links &links, uint32_t why, int direction,
                                          int source, uint32_t epoch) {
@@ -49,6 +58,12 @@ static __device__ inline void peers_fail(const lina_peers_links &links, uint32_t
   __threadfence_system();
   links.word->failure = why;
   __threadfence_system();
+}
+
+/* Whether the host, or another that shares its word, has given up. A GPU reads host memory once a
+ * microsecond, all blocks taken together: they look in turns, and tell each other by `failed`. */
+static __device__ __forceinline__ bool peers_stopped(const lina_peers_links &links, unsigned look) {
+  return look % gridDim.x == blockIdx.x && (links.word->abort || links.word->failure);
 }
 
 /* Rows that `source` announces in this epoch, or PEERS_LOST. */
@@ -76,7 +91,7 @@ static __device__ inline uint32_t peers_wait(const lina_peers_links &links, int 
       why = LINA_PEERS_TIMEOUT;
       break;
     }
-    if (links.word->abort || links.word->failure) { /* failure: of others that share the word */
+    if (peers_stopped(links, polls / 256)) {
       why = LINA_PEERS_ABORTED;
       break;
     }
@@ -101,7 +116,7 @@ static __device__ __forceinline__ bool peers_all_sent(lina_peers_state *state) {
 /* Flags to all ranks but this one (its own too if `own`); poison after a failure. */
 static __device__ inline void peers_announce(const lina_peers_links &links, int direction,
                                              uint32_t epoch, const int32_t *count, bool own) {
-  const bool failed = *(const volatile uint32_t *)&links.state->failed;
+  const bool failed = peers_read_failed(links.state) != 0;
   for (int i = own ? 0 : 1; i < links.ep; i++) {
     const int d = links.rank + i < links.ep ? links.rank + i : links.rank + i - links.ep;
     const uint64_t f = failed ? peers_signal(epoch, PEERS_POISON, LINA_PEERS_FAILED)

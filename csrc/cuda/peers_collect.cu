@@ -16,10 +16,11 @@ static __device__ __forceinline__ void send_back(const Args &a) {
   const unsigned pieces = (unsigned)((vectors + 32 * PEERS_DEPTH - 1) / (32 * PEERS_DEPTH));
   const unsigned warps = gridDim.x * PEERS_WARPS;
   const unsigned warp = blockIdx.x * PEERS_WARPS + threadIdx.x / 32;
+  const uint32_t failed_before = peers_read_failed(a.links.state); /* on its way with the counts */
   for (int i = 0; i < ep - 1; i++) { /* blocks begin with different ranks */
     int d = rank + 1 + (i + (int)blockIdx.x) % (ep - 1);
     if (d >= ep) d -= ep;
-    const int64_t n = __ldg(a.count + ep + d);
+    const int64_t rows = __ldg(a.count + ep + d), n = peers_stays(failed_before) ? 0 : rows;
     char *back = a.links.buffer[d] + a.links.back_at;
     char *to = back + (int64_t)rank * a.C * row_bytes;
     for (unsigned u = warp; u < (unsigned)n * pieces; u += warps) {
@@ -72,7 +73,7 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
     peers_again(a.links.state, turn);
     return;
   }
-  const bool lost = *(const volatile uint32_t *)&a.links.state->failed != 0;
+  const bool lost = peers_read_failed(a.links.state) != 0;
   sum_tokens<T, N, WEIGH, RANKS, DEPTH>(a, lost);
   if (a.dweight_out) pick_dweight(a, row_bytes, lost);
   peers_end(a.links.state, LINA_PEERS_BACK, turn);

@@ -130,16 +130,19 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
   const int lane = threadIdx.x % 32, ep = a.links.ep;
   const uint32_t read = peers_read(a.links.state, LINA_PEERS_OUT);
   if (part & PEERS_SEND) peers_raise(a.links, read);
+  const uint32_t failed_before = peers_read_failed(a.links.state); /* on its way for now */
   const int64_t vectors = a.row_bytes / (int64_t)sizeof(V);
 
   /* the next piece is on its way while this one leaves, the first while slots are counted */
-  const unsigned width = (unsigned)pieces, all = part & PEERS_SEND ? (unsigned)a.T * width : 0;
+  const unsigned width = (unsigned)pieces;
+  unsigned all = part & PEERS_SEND ? (unsigned)a.T * width : 0;
   const unsigned step = gridDim.x * PEERS_WARPS;
   unsigned u = blockIdx.x * PEERS_WARPS + threadIdx.x / 32;
   peers_piece<V> next;
   if (u < all) load_piece(a, u, width, vectors, lane, &next);
   if (count_here && part & PEERS_SEND) count_slots(a, &counts, slots);
   const peers_turn turn = peers_begin(a.links.state, read);
+  if (peers_stays(failed_before)) all = 0;
   for (; u < all; u += step) {
     const unsigned t = u / width;
     int my_slot = -1;
@@ -156,7 +159,7 @@ static __global__ void __launch_bounds__(PEERS_THREADS, 1)
     return;
   }
   if (!(part & PEERS_WAIT) && threadIdx.x < ep) {
-    const bool failed = *(const volatile uint32_t *)&a.links.state->failed != 0;
+    const bool failed = peers_read_failed(a.links.state) != 0;
     received[threadIdx.x] = failed ? PEERS_LOST : (uint32_t)a.count[ep + threadIdx.x];
   }
   __syncthreads();

@@ -154,7 +154,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
   }
   __syncthreads();
   bool lost = failed; /* read between a step's barriers alone, where nobody writes it */
-  const uint64_t start = first, end = start + mine;
+  /* as many as a peer may send unheard, or a longer call of a peer would look like a later one */
+  const uint64_t start = first, end = start + (mine > DEPTH ? mine : DEPTH);
   bool gives_way = a.priority != NULL;
   uint32_t raised = warp == 1 && lane == 0 && gives_way ? read_word(a) : 0;
   const auto span = [&](unsigned tile) {

@@ -105,7 +105,7 @@ static __device__ bool arrives(const Args &a, const Plan &p, int phase, int sour
       why = LINA_PEERS_TIMEOUT;
       break;
     }
-    if (a.links.word->abort || a.links.word->failure) {
+    if (peers_stopped(a.links, polls / 256)) {
       why = LINA_PEERS_ABORTED;
       break;
     }
