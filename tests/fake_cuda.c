@@ -71,12 +71,18 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
                               size_t width, size_t height, enum cudaMemcpyKind kind,
                               cudaStream_t s) {
   if (kind != cudaMemcpyDeviceToDevice || width > to_pitch || width > from_pitch ||
+      to_pitch > INT32_MAX || from_pitch > INT32_MAX ||
       fake_breaks(fake_stream_device(s), FAKE_COPY))
     return cudaErrorInvalidValue;
   copy *c = malloc(sizeof *c);
   *c = (copy){to, from, to_pitch, from_pitch, width, height};
   fake_push(s, run_copy, c);
   return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
+                            cudaStream_t s) {
+  return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, s);
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {

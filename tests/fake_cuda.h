@@ -63,6 +63,7 @@ typedef enum {
   FAKE_FULL,              /* no failure: cuStreamWriteValue32 blocks until the stream is idle */
   FAKE_COPY,              /* cudaMemcpy2DAsync */
   FAKE_COLLECTIVE,        /* ncclAllReduce, ncclReduceScatter and ncclGroupEnd */
+  FAKE_SLOW_ABORT,        /* ncclCommAbort takes a tenth of a second */
   FAKE_ASYNC,             /* ncclCommGetAsyncError gives an error, from now on */
   FAKE_STUCK              /* those do not return before an abort, from now on */
 } fake_fault;

@@ -110,6 +110,7 @@ int ncclCommAbort(lina_nccl_comm c) {
   pthread_cond_broadcast(&g->changed);
   while (c->inside > 0 || c->ended < c->issued) pthread_cond_wait(&g->changed, &g->lock);
   pthread_mutex_unlock(&g->lock);
+  if (fake_breaks(c->device, FAKE_SLOW_ABORT)) fake_sleep(0.1);
   leave(g);
   memset(c, 0xee, sizeof *c);
   free(c);

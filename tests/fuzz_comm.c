@@ -174,7 +174,13 @@ static void *watch(void *unused) {
   }
 }
 
+/* Runs behind lina's own handler, which was registered later. */
+static void nothing_lives(void) {
+  if (fake_nccl_live()) fake_broken("the process ends while a communicator is aborted");
+}
+
 int main(int argc, char **argv) {
+  atexit(nothing_lives);
   int64_t rounds = argc > 1 ? strtoll(argv[1], NULL, 10) : 200;
   uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
   double start = fake_now();
@@ -196,5 +202,7 @@ int main(int argc, char **argv) {
   }
   printf("fuzz_comm: %lld rounds in %.1f s, %d faults in %.1f s\n", (long long)rounds,
          ended - start, fault_count(), fake_now() - ended);
+  fflush(stdout);
+  freed_last();
   return 0;
 }

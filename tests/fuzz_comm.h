@@ -58,6 +58,9 @@ void opened(rank_state *s);
 rank_function never_lowered, bad_arguments, cuda_fails, captured, slow, one_connection;
 rank_function peers_limits, peers_turns, peers_dropped;
 
+/* A communicator that is freed right before the process ends, and takes its time. */
+void freed_last(void);
+
 /* Scenario i of fuzz_comm_faults.c; its name. */
 int fault_count(void);
 const char *run_fault(int i, uint64_t seed);

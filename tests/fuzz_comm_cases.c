@@ -119,3 +119,13 @@ void one_connection(rank_state *s) {
     fake_broken("with one connection a stream waited, or raised");
   meet(s);
 }
+
+void freed_last(void) {
+  char id[LINA_COMM_ID_BYTES];
+  const lina_comm_options o = {"last", 0, 1, 0, PATIENCE_S, 0};
+  lina_comm *c = NULL;
+  fine(lina_comm_id(id), "an id");
+  fine(lina_comm_create(&c, &o, id), "a communicator");
+  fake_break(0, FAKE_SLOW_ABORT);
+  lina_comm_free(c);
+}

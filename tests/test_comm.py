@@ -75,7 +75,7 @@ def test_communicator_of_several_threads(tmp_path: Path) -> None:
     # Freed memory reads as garbage, so that a use of it shows.
     said = run(sys.executable, "-c", "import test_comm; test_comm.several_threads()", PYTHONPATH=path,
                MALLOC_PERTURB_="165")  # fmt: skip
-    assert said.splitlines() == ["closed", "closed again", "one policy"]
+    assert said.splitlines() == ["closed", "closed again", "forked", "one policy"]
 
 
 # ---- what the program above does; one rank, so that every operation ends by itself ----
@@ -150,6 +150,20 @@ def several_threads() -> None:
         one.start()
         one.close()
     print("closed again")
+
+    # A fork has a copy, which is nobody's to abort.
+    one = Reducer(128)
+    one.reduce()
+    child = os.fork()
+    if child == 0:
+        one.comm.close()
+        del one.comm
+        time.sleep(0.05)
+        os._exit(fake.live())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    one.reduce()
+    one.comm.close()
+    print("forked")
 
     # One call is cut by one policy, though another is set meanwhile: 256 micro-ops or a single one.
     for _ in range(2):

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "../nccl_abi.h"
 #include "comm_private.h"
@@ -18,11 +19,13 @@
 
 static lina_comm *all;                                   /* live communicators */
 static pthread_mutex_t list = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic int aborts;                               /* under way */
 
 /* ---- failure ---- */
 
 #define CLOSED   "closed by another thread"
 #define INSIDE_S 5.0 /* most that an abort waits for a thread that does not wait itself */
+#define ABORTS_S 2.0 /* most that the end of the process waits for aborts; a graph holds one up */
 
 static void leave_turn(lina_comm_turn *turn) {
   if (atomic_fetch_sub(&turn->users, 1) == 1) free(turn);
@@ -45,6 +48,7 @@ static void *abort_comm(void *argument) {
   (void)lina_nccl.ncclCommAbort(a->nccl);
   leave_turn(a->turn);
   free(a);
+  atomic_fetch_sub(&aborts, 1);
   return NULL;
 }
 
@@ -58,11 +62,13 @@ static void abort_apart(lina_comm *c) {
   if (a) {
     *a = (aborting){c->nccl, c->turn};
     atomic_fetch_add(&c->turn->users, 1);
+    atomic_fetch_add(&aborts, 1);
     if (pthread_create(&thread, NULL, abort_comm, a) == 0) {
       (void)pthread_detach(thread);
     } else {
       leave_turn(c->turn);
       free(a);
+      atomic_fetch_sub(&aborts, 1);
     }
   }
   c->nccl = NULL;
@@ -120,8 +126,12 @@ static void watch_one(lina_comm *c, double now_s) {
   pthread_mutex_unlock(&c->lock);
 }
 
-/* Aborts communicators that failed or stand still. */
+/* Aborts communicators that failed or stand still. At the process's end waits for those that are
+ * being aborted, before the driver and NCCL go. */
 static void watch(double now_s, bool last) {
+  const struct timespec nap = {0, 200000};
+  while (last && atomic_load(&aborts) > 0 && lina_watch_now() - now_s < ABORTS_S)
+    nanosleep(&nap, NULL);
   if (last) return;
   pthread_mutex_lock(&list);
   for (lina_comm *c = all; c; c = c->next) watch_one(c, now_s);
@@ -178,7 +188,7 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
     free(c), free(turn);
     return lina_error(LINA_ENOMEM, "%s: no memory", options->name);
   }
-  c->options = *options, c->turn = turn;
+  c->options = *options, c->turn = turn, c->owner = getpid();
   atomic_store(&turn->users, 1);
   pthread_mutex_init(&c->order, NULL);
   pthread_mutex_init(&c->lock, NULL);
@@ -197,6 +207,7 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
 }
 
 void lina_comm_close(lina_comm *c) {
+  if (getpid() != c->owner) return;
   pthread_mutex_lock(&list);
   for (lina_comm **at = &all; *at; at = &(*at)->next)
     if (*at == c) {
@@ -218,7 +229,7 @@ void lina_comm_close(lina_comm *c) {
 }
 
 void lina_comm_free(lina_comm *c) {
-  if (!c) return;
+  if (!c || getpid() != c->owner) return; /* a fork's copy: NCCL's threads are the parent's */
   lina_comm_close(c); /* the word stays: a stream may still write it */
   pthread_mutex_destroy(&c->order);
   pthread_mutex_destroy(&c->lock);

@@ -118,9 +118,17 @@ static int64_t widest(const lina_policy *policy, int64_t total, int element_byte
 /* Columns at .. at + bytes of all parts, one after the other. */
 static int pack(const lina_comm *c, const lina_reduce_scatter *a, int64_t at, int64_t bytes,
                 int64_t total, void *stream) {
-  cudaError_t code = cudaMemcpy2DAsync(a->scratch, (size_t)bytes, (const char *)a->parts + at,
-                                       (size_t)total, (size_t)bytes, (size_t)c->options.size,
-                                       cudaMemcpyDeviceToDevice, (cudaStream_t)stream);
+  char *to = a->scratch;
+  const char *from = (const char *)a->parts + at;
+  const cudaStream_t on = (cudaStream_t)stream;
+  cudaError_t code = cudaSuccess;
+  if (total <= INT32_MAX) { /* the largest pitch */
+    code = cudaMemcpy2DAsync(to, (size_t)bytes, from, (size_t)total, (size_t)bytes,
+                             (size_t)c->options.size, cudaMemcpyDeviceToDevice, on);
+  } else {
+    for (int r = 0; r < c->options.size && code == cudaSuccess; r++, to += bytes, from += total)
+      code = cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, on);
+  }
   if (code == cudaSuccess) return LINA_OK;
   return lina_error(LINA_ECUDA, "%s: reduce-scatter: packing: %s", c->options.name,
                     cudaGetErrorString(code));
