@@ -63,7 +63,7 @@ def logged(wrapped, net, device):
 
     def noted(flat, label, **kw):
         names = {p.grad.data_ptr(): n for n, p in net.named_parameters() if p.grad is not None}
-        log.append(names[flat.data_ptr()] if label == "experts" else label)
+        log.append(names.get(flat.data_ptr(), "small experts") if label == "experts" else label)
         return submit(flat, label, **kw)
 
     def ended(early):

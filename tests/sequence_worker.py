@@ -16,6 +16,7 @@ from sequence_case import LINK, at_end, build, early, logged, pack, reference, s
 
 import lina
 from lina import parallel
+from lina.parallel.gradients import reduce
 from lina.parallel.gradients.sequence import _LEARN
 
 from helpers import assert_within_rounding
@@ -48,6 +49,21 @@ def started(device, gate: str) -> None:
     del built, wrapped
     gc.collect()
     assert not any(p._post_accumulate_grad_hooks for p in params)
+
+
+def small(device) -> None:
+    """Small gradients of experts travel together at the end, and hold up neither large ones nor buckets."""
+    before, reduce._SMALL = reduce._SMALL, 400
+    try:
+        built = _, net, _, _ = build(device, 2, "topk")
+        logs = steps(device, built, _LEARN + 2)
+    finally:
+        reduce._SMALL = before
+    large = {n for n, p in net.named_parameters() if ".experts." in n and p.nbytes >= 400}
+    assert 0 < len(large) < sum(".experts." in n for n, _ in net.named_parameters())
+    for log in logs[_LEARN:]:
+        assert early(log) == large and at_end(log) == {"small experts"}, log
+        assert not any("bucket" in key for key in log[log.index("end"):]), log
 
 
 def routes(device, ep: str) -> None:

@@ -10,8 +10,8 @@ from lina.parallel.gradients.sequence import Sequence
 
 from ranks import Run, each_scenario, launch
 
-SCENARIOS = ["started:deepseek", "routes:2", "routes:1", "accumulated", "narrow", "raised", "twice", "pair",
-             "frozen"]
+SCENARIOS = ["started:deepseek", "small", "routes:2", "routes:1", "accumulated", "narrow", "raised", "twice",
+             "pair", "frozen"]
 RUNS = {"gloo": Run("sequence_worker", SCENARIOS, 4),
         "nccl": Run("sequence_worker", ["started:softmax"], 2, "nccl")}
 WORLD = 4

@@ -4,7 +4,6 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <sys/types.h>
 
 #include "../nccl_abi.h"
 #include "comm.h"
@@ -15,7 +14,7 @@ typedef struct { _Atomic int stage, users; } lina_comm_turn;
 
 struct lina_comm {
   lina_comm_options options;
-  pid_t owner;                       /* the process that made it */
+  int owner;                         /* the process that made it */
   lina_nccl_comm nccl;               /* NULL once aborted */
   /* `order` is held from begin to end, so that operations do not mix: also while NCCL or the
    * driver blocks the thread, as they do where a rank is missing or a stream's queue is full.

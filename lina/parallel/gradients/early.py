@@ -65,9 +65,10 @@ class Early:
             raise RuntimeError(f"ddp: a second part of the gradient of {expert.name} came when the reduction "
                                "of the first had begun; a module that is checkpointed and runs twice in a "
                                "step needs torch.utils.checkpoint with use_reentrant=False")
-        self.sequence.ready(key)
-        if self.sequence.goes_early(key) and self._large(param):
-            self._submit(param)
+        if self._large(param):            # small ones travel together, at the end
+            self.sequence.ready(key)
+            if self.sequence.goes_early(key):
+                self._submit(param)
 
     def _submit(self, param: Parameter) -> None:
         key, expert = self._keys[param]
