@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from parallel_worker import WIDTH, batch, error_of, everyone, loss_of, spread_net, whole_net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -199,6 +200,23 @@ def differing(device, name: str) -> None:
     shown = f"HookState: the ranks differ in {name}: {values[0]!r} on ranks [0, 1, 3]; {values[1]!r}"
     assert shown in text, text
     assert len(set(everyone(text))) == 1 and state._queue is None
+
+
+def uneven(device) -> None:
+    """With a group that rank 0 alone is in, by which torch may name others differently: one of all ranks is
+    made, one of some is made or refused on each of them, and nobody waits in vain."""
+    alone = dist.new_group([0])
+    half = parallel.groups(parallel.mesh(2)).ep
+    queue, flat = HostQueue(dist.group.WORLD, SMALL, 1e-3), torch.full((8,), 1.0 + dist.get_rank() // 2)
+    members = dist.get_process_group_ranks(half)
+    names = everyone(c10d._hash_ranks_to_str(members))
+    refused = names[members[0]] != names[members[1]]
+    said = error_of(ValueError, queue.submit, flat, "half", group=half)
+    assert ("different numbers of groups" in said) == refused, said
+    assert torch.equal(queue.submit(flat, "all").wait(), torch.full((8,), 1.5))
+    queue.close()
+    if dist.get_rank() == 0:
+        dist.destroy_process_group(alone)
 
 
 def states(device) -> None:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from parallel_worker import Net, assert_same, batch, dtype_of, everyone, loss_of, whole_net
+from parallel_worker import TOKENS, Net, assert_same, batch, dtype_of, everyone, loss_of, whole_net
 from torch.utils.checkpoint import checkpoint
 
 import lina
@@ -39,9 +39,10 @@ class Odd(Net):
         return {"out": self.last(x)}
 
 
-def build(device, ep: int, gate: str = "softmax", frozen: tuple[str, ...] = (), **options):
+def build(device, ep: int, gate: str = "softmax", frozen: tuple[str, ...] = (), transport: str = "c10d",
+          **options):
     """The model with all experts, the same spread, its wrapper and the log of what its queue is given."""
-    mesh = lina.mesh(ep=ep)
+    mesh = lina.mesh(ep=ep, transport=transport, tokens=max(TOKENS) if transport == "p2p" else None)
     whole = whole_net(gate, device)
     whole.__class__ = Odd
     net = Odd(gate, mesh, device=device, dtype=dtype_of(device))

@@ -25,11 +25,11 @@ ROUTES = ("", "skip", "swap")
 LATE = max(5, int(os.environ.get("LINA_DELAY_RUNS", "0")))     # steps in which ranks are late by chance
 
 
-def started(device, gate: str) -> None:
+def started(device, gate: str, transport: str = "c10d") -> None:
     """At the end of backward until the order is known, during backward from then on; anew once experts have
     moved, with as many replicas as ranks, and back; hooks go with the wrapper."""
     world = dist.get_world_size()
-    built = build(device, world // 2 if world > 2 else world, gate)
+    built = build(device, world // 2 if world > 2 else world, gate, transport=transport)
     if world == 2:
         built = pack(built, 1)
     net, wrapped = built[1], built[2]

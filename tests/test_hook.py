@@ -11,7 +11,7 @@ from ranks import Run, each_scenario, launch, results
 SCENARIOS = [*(f"order:{ep}:{degree}" for ep in (2, 4) for degree in (1, 3)),
              *(f"alone:{which}" for which in ("plain", "view", "unused", "static")),
              "compressed:fp16", "compressed:bf16",
-             *(f"differing:{name}" for name in ("compress", "link", "micro_op_s")), "states"]
+             *(f"differing:{name}" for name in ("compress", "link", "micro_op_s")), "uneven", "states"]
 WORLD = 4
 TIMEOUT_S = 6                 # the process group's, where a rank fails
 

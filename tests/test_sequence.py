@@ -13,7 +13,7 @@ from ranks import Run, each_scenario, launch
 SCENARIOS = ["started:deepseek", "small", "routes:2", "routes:1", "accumulated", "narrow", "raised", "twice",
              "pair", "frozen"]
 RUNS = {"gloo": Run("sequence_worker", SCENARIOS, 4),
-        "nccl": Run("sequence_worker", ["started:softmax"], 2, "nccl")}
+        "nccl": Run("sequence_worker", [f"started:softmax:{t}" for t in ("c10d", "nccl", "p2p")], 2, "nccl")}
 WORLD = 4
 TIMEOUT_S = 4                 # the process group's, where a rank fails
 

@@ -6,11 +6,14 @@ import atexit
 import dataclasses
 import time
 import weakref
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -108,7 +111,32 @@ def _group(ranks: Tensor, like: dist.ProcessGroup) -> dist.ProcessGroup:
         return _world()
     if members == sorted(dist.get_process_group_ranks(like)):
         return like
-    return dist.new_group(members, timeout=timeout_of(like), use_local_synchronization=True)
+    return new_group(members, timeout_of(like))
+
+
+_asked: Counter[tuple[int, ...]] = Counter()
+
+
+def new_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
+    """A group of ``ranks``, sorted; collective over them alone.
+
+    Raises:
+        ValueError: the ranks, on all of them, would give it different names, and so wait for each other in
+            vain. Up to torch 2.14 a name counts the groups that a rank is in.
+    """
+    members = tuple(ranks)
+    if len(members) == dist.get_world_size():
+        return dist.new_group(list(members), timeout=timeout)        # numbered by calls
+    _asked[members] += 1
+    store = dist.PrefixStore(f"lina/groups/{members}/{_asked[members]}", c10d._get_default_store())
+    store.set(str(dist.get_rank()), c10d._hash_ranks_to_str(list(members)))
+    keys = [str(rank) for rank in members]
+    store.wait(keys, timeout or timedelta(seconds=600))
+    if len({bytes(store.get(key)) for key in keys}) > 1:
+        raise ValueError(f"mesh: torch {torch.__version__} cannot make a group of ranks {list(members)}, "
+                         "which are in different numbers of groups: make groups that only some of them are in "
+                         "after lina's mesh and the first backward pass")
+    return dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
 
 
 def _alive(group: dist.ProcessGroup) -> bool:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lina.parallel.experts import ExpertParameter
 from lina.parallel.gradients.reduce import living
-from lina.parallel.mesh import groups, mesh, timeout_of
+from lina.parallel.mesh import groups, mesh, new_group, timeout_of
 from lina.parallel.settings import settings
 from lina.parallel.slots import Layer, Slot, check_gradients, layers, move, per_row, ranks, share, slots
 
@@ -220,6 +220,6 @@ def _mesh_of(ranks_DE: Tensor, like: DeviceMesh) -> DeviceMesh:
     """As :func:`lina.mesh`, of some ranks; the others take no part."""
     row, column = (ranks_DE == dist.get_rank()).nonzero()[0].tolist()
     timeout = timeout_of(groups(like).world)
-    pair = [dist.new_group(members.tolist(), timeout=timeout, use_local_synchronization=True)
+    pair = [new_group(members.tolist(), timeout)
             for members in (ranks_DE[:, column], ranks_DE[row])]
     return DeviceMesh.from_group(pair, like.device_type, mesh=ranks_DE, mesh_dim_names=("dp", "ep"))

@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from lina import _C, tracing
 from lina.parallel.gradients.peer_reduce import DTYPES, PeerReducer
-from lina.parallel.mesh import timeout_of
+from lina.parallel.mesh import new_group, timeout_of
 from lina.parallel.settings import UNIT
 from lina.parallel.transport.base import gate
 from lina.parallel.transport.domain import MAX_RANKS, SeveralHosts
@@ -98,8 +98,7 @@ class HostQueue:
     """
 
     def __init__(self, group: dist.ProcessGroup, link: tuple[float, float], micro_op_s: float) -> None:
-        ranks = dist.get_process_group_ranks(group)
-        own = dist.new_group(ranks, timeout=timeout_of(group), use_local_synchronization=True)
+        own = new_group(dist.get_process_group_ranks(group), timeout_of(group))
         self._state = state = _State(_C.Policy(link, micro_op_s, UNIT), weakref.ref(own))
         self._thread = threading.Thread(target=_serve, args=(state,), name="lina gradients", daemon=True)
         self._groups: weakref.WeakKeyDictionary[dist.ProcessGroup, Any] = weakref.WeakKeyDictionary()
@@ -135,8 +134,7 @@ class HostQueue:
         """One of the ranks of ``group`` for this queue alone: the first call is collective over them. During
         backward others may use theirs. None: it is destroyed."""
         if group not in self._groups:
-            ranks = dist.get_process_group_ranks(group)
-            own = dist.new_group(ranks, timeout=timeout_of(group), use_local_synchronization=True)
+            own = new_group(dist.get_process_group_ranks(group), timeout_of(group))
             self._groups[group] = weakref.ref(own)
         return self._groups[group]()
 
