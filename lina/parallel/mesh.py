@@ -134,8 +134,8 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGr
     store.wait(keys, timeout or timedelta(seconds=600))
     if len({bytes(store.get(key)) for key in keys}) > 1:
         raise ValueError(f"mesh: torch {torch.__version__} cannot make a group of ranks {list(members)}, "
-                         "which are in different numbers of groups: make groups that only some of them are in "
-                         "after lina's mesh and the first backward pass")
+                         "which are in different numbers of groups: make groups that only some of them are "
+                         "in after lina's mesh and the first backward pass")
     return dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
 
 
