@@ -3,81 +3,20 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import time
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from auto_case import FREE, GIVEN, KINDS, OBSERVE, STEPS, TOKENS, assert_same, build, save, train
+from auto_left import left, left_transport, on_gpus
 from parallel_worker import batch, error_of, everyone, loss_of, spread_net, whole_net
 from torch import nn
 
 import lina
 from lina import parallel
-from lina.parallel import CostModel, ExpertPass, ExpertShape, Line, auto, machine_facts
-from lina.parallel.transport import carriers
-from lina.parallel.transport.c10d import C10d
+from lina.parallel import CostModel, auto, machine_facts
 
-OBSERVE = 4
-STEPS = 2 * OBSERVE + 2         # the plan's first step, which nobody times, and one with the decision made
-TOKENS = 24
-# Seconds a byte or a pair that make all that a tiny layer does seconds, so that what is predicted for
-# it does not hang on what this machine needs for its steps.
-SLOW = Line(0.0, 1e-3, 1.0)
-FREE = Line(0.0, 0.0, 1.0)
-KINDS = {   # all-to-all, allreduce, expert pass; then what must be found: degree, schedule
-    # half of the own rows takes longer than an exchange, and passes cost nothing to start: three hide all
-    "slow": (SLOW, FREE, Line(0.0, 0.1, 1.0), (3, 3), "plain"),
-    "free": (FREE, FREE, Line(0.01, 0.1, 1.0), (1, 1), "plain"),     # nothing to hide, and each pass costs
-    "far": (SLOW, FREE, Line(0.0, 1e-6, 1.0), None, None),           # nearly all is exchange
-    "started": (SLOW, FREE, Line(1e3, 0.1, 1.0), (1, 1), "plain"),   # a second pass costs more than it hides
-    # gradients that double the all-to-alls beside them, which experts could hide; in one pass, as given
-    "gentle": (SLOW, SLOW, Line(0.0, 0.01, 1.0), (1, 1), "lina"),
-}
-# Made-up costs choose what is slower here: only the scenario that is about it lets plans be left for that.
-auto.SLOWER = float("inf")
-GIVEN: dict[str, dict] = {"gentle": dict(degree=(1, 1), bucket_cap_mb=0.00025)}      # of 262 bytes
-
-
-def save(kind: str, **changes) -> None:
-    """A cost model where lina looks for it; another file for each rank, but rank 0's counts."""
-    a2a, reduce, experts, *_ = KINDS[kind]
-    world = dist.get_world_size()
-    shape = ExpertShape(6, 10, 8 // world)
-    model = CostModel(**{**dict(
-        machine=machine_facts(), device="cpu", world=world, ep=world,
-        links={("a2a", "c10d"): a2a, ("allreduce", "c10d"): reduce},
-        experts=(ExpertPass(shape, experts, experts),)), **changes})
-    os.environ["LINA_PROFILE"] = str(Path(tempfile.mkdtemp()) / "profile.json")
-    model.save()
-
-
-def build(device, mesh, **options):
-    whole = whole_net("softmax", device)
-    net = spread_net(whole, "softmax", mesh)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    if options.get("regroup"):
-        options["optimizer"] = optimizer
-    return lina.ddp(net, mesh, **options), net, optimizer
-
-
-def train(wrapped, net, optimizer, steps, first: int = 0) -> list[torch.Tensor]:
-    rank, losses = dist.get_rank(), []
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        loss = loss_of(wrapped, *batch(rank, step, next(net.parameters()), tokens=TOKENS + 3 * rank))
-        loss.backward()
-        optimizer.step()
-        time.sleep(0.002 * rank)               # ranks measure different steps
-        losses.append(loss.detach())
-    return losses
-
-
-def assert_same(got, want, what: str) -> None:
-    """Of STEPS steps of the same sums in another order: a few hundred terms each."""
-    limit = STEPS * 1000 * torch.finfo(want.dtype).eps * max(1.0, want.abs().max().item())
-    assert (got - want).abs().max().item() <= limit, f"{what}: {got} {want}"
+__all__ = ["left", "left_transport", "on_gpus"]          # scenarios as those below
 
 
 def chosen(device, kind: str) -> None:
@@ -143,59 +82,6 @@ def traffic(plan, step, world: int) -> None:
         assert layer.rows == rows.item()
         assert 0 < layer.own_pairs + layer.remote_pairs <= 3 * world * most
     assert load.step_s >= load.forward_s > 0 and load.backward_s > 0 and load.outside_s > 0
-
-
-def left(device, kind: str) -> None:
-    """A plan whose steps take longer than the plain ones is given up by all ranks; training goes on as it
-    would have. A degree that was given stays."""
-    save(kind)
-    world = dist.get_world_size()
-    plain, mesh = build(device, lina.mesh(ep=world)), lina.mesh(ep=world)
-    want = train(*plain, STEPS + 2)
-    given = GIVEN.get(kind, {})
-    with mock.patch.object(auto, "SLOWER", -1.0):          # than which nothing is faster
-        wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE, **given)
-        got = train(wrapped, net, optimizer, 2 * OBSERVE + 1)
-        chosen, gently = wrapped.plan, wrapped.gently
-        degree, schedule = KINDS[kind][3:]
-        assert (chosen.degree, chosen.schedule, chosen.measured_s) == (degree, schedule, None), f"{chosen}"
-        assert parallel.settings(mesh).degree == degree and (gently is not None) == (schedule == "lina")
-        got += train(wrapped, net, optimizer, 3, first=2 * OBSERVE + 1)
-    plan = wrapped.plan
-    assert wrapped._auto is None and len(set(everyone(repr(plan)))) == 1
-    assert (plan.transport, plan.schedule, plan.degree, plan.micro_op_bytes) == ("c10d", "plain", (1, 1), 0)
-    assert plan.left == chosen.chosen.label and plan.left in plan.predicted
-    assert plan.chosen.label == "c10d plain 1/1, ep 2" and plan.trials == chosen.trials
-    text = f"{plan.left} took {1e3 * plan.measured_s:.2f} ms, the steps before {1e3 * plan.load.step_s:.2f}"
-    assert plan.reasons[-1] == f"{text}: back to plain, 1/1 passes over c10d", plan.reasons[-1]
-    now = parallel.settings(mesh)
-    assert now.degree == (1, 1) and now.transport == "auto", "as before, and not what it stands for"
-    assert wrapped.gently is None and wrapped.expert_reducer.queue is None
-    if gently is not None:                     # its thread has ended
-        assert not gently.queue(device)._thread.is_alive()
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_same(a, b, f"{kind}: loss {i}")
-    kept = build(device, lina.mesh(ep=world), schedule="auto", observe=1, degree=(3, 3))
-    with mock.patch.object(auto, "SLOWER", -1.0):
-        train(*kept, 4)
-    assert kept[0].plan.degree == (3, 3) and kept[0].plan.measured_s > 0, f"{kept[0].plan}"
-
-
-def left_transport(device) -> None:
-    """The same where the plan had changed the transport: here to another name of c10d's."""
-    half = Line(SLOW.alpha_s / 2, SLOW.beta_s / 2, 1.0)
-    save("gentle", links={(op, name): line for op in ("a2a", "allreduce")
-                          for name, line in (("c10d", SLOW), ("nccl", half))})
-    mesh = lina.mesh(ep=dist.get_world_size())
-    with (mock.patch.object(auto, "SLOWER", -1.0), mock.patch.dict(carriers.makers, nccl=C10d),
-          mock.patch.object(auto, "_transports", lambda *_: ("c10d", "nccl"))):
-        wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE, **GIVEN["gentle"])
-        train(wrapped, net, optimizer, 2 * OBSERVE + 1)
-        plan = wrapped.plan
-        assert (plan.transport, plan.schedule) == ("nccl", "lina"), f"{plan}"
-        train(wrapped, net, optimizer, 3, first=2 * OBSERVE + 1)
-    assert wrapped.plan.left == plan.chosen.label and parallel.settings(mesh).transport == "auto"
-    assert wrapped.gently is None and wrapped._auto is None
 
 
 def counted(device) -> None:

@@ -31,7 +31,8 @@ SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle"
              "left:gentle", "left_transport", "counted", "moved", "failing", "refused"]
 
 
-@each_scenario(Run("auto_worker", SCENARIOS, 2))
+@each_scenario({"gloo": Run("auto_worker", SCENARIOS, 2),
+                "nccl": Run("auto_worker", ["on_gpus:nccl", "on_gpus:p2p"], 2, "nccl")})
 def test_ranks(run: Run, scenario: str) -> None:
     run.check(scenario)
 
