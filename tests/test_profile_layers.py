@@ -22,17 +22,20 @@ LINK, PASS, LATE = Line(1e-4, 1e-9, 1.0), Line(1e-5, 1e-8, 1.0), Line(4e-6, 5e-9
 MODEL = CostModel(machine_facts(), "cpu", 2, 2, {("a2a", "c10d"): LINK},
                   (ExpertPass(ExpertShape(64, 32, 4), PASS, PASS, LATE),),
                   layers={"c10d": (LayerLine(1e-3, 1e-9, 0.5, (), 4e-4), LayerLine(2e-3, 0.0, 1.0))})
-REST, MORE = Line(3e-4, 2e-9, 1.0), 1e-4       # a layer's beside exchanges and experts; of each pass more
+# A layer's beside exchanges and experts; of each pass more; of each byte where there are several
+REST, MORE, BESIDE = Line(3e-4, 2e-9, 1.0), 1e-4, 3e-10
 
 
-def layer_times(rest=REST, more=MORE, cases=((64, 1), (64, 2), (64, 3), (1024, 1), (1024, 3), (8192, 1))):
+def layer_times(rest=REST, more=MORE, beside=BESIDE,
+                cases=((64, 1), (64, 2), (64, 3), (1024, 1), (1024, 3), (8192, 1))):
     """A layer's by the cost model, and that; tokens of 64 floats."""
     model = MODEL
     found = []
     for tokens, degree in cases:
         layer = LayerLoad("layer", 8, 2, 64, 32, 4, "float32", "swiglu", tokens, 0, 0, 0, 0, 0).spread(2)
         n = 256.0 * tokens
-        took = [pipeline(layer, model, "c10d", way, degree) + (1 + way) * (rest.time(n) + (degree - 1) * more)
+        passes = (degree - 1) * more + n * beside * (degree > 1)
+        took = [pipeline(layer, model, "c10d", way, degree) + (1 + way) * (rest.time(n) + passes)
                 for way in range(2)]
         found.append(LayerTimes(layer, degree, *(Point(n, s, 0.9 * s, 1.1 * s) for s in took)))
     return model, found
@@ -44,11 +47,14 @@ def test_the_rest_of_a_synthetic_layer_is_recovered():
         assert line.alpha_s == pytest.approx((1 + way) * REST.alpha_s, rel=1e-6)
         assert line.beta_s == pytest.approx((1 + way) * REST.beta_s, rel=1e-6)
         assert line.pass_s == pytest.approx((1 + way) * MORE, rel=1e-6)
+        assert line.overlap_s == pytest.approx((1 + way) * BESIDE, rel=1e-6)
         assert line.r2 == pytest.approx(1) and line.off < 1e-9
         assert [p.n for p in line.points] == [256.0 * 64, 256.0 * 1024, 256.0 * 8192]
         for p, whole in zip(line.points, line.whole_s, strict=True):
             assert p.high_s - p.low_s == pytest.approx(0.2 * whole) and 0 < p.time_s < whole
-        assert line.rest(1e6, 3) == pytest.approx((1 + way) * (REST.time(1e6) + 2 * MORE), rel=1e-6)
+        whole = REST.time(1e6) + 2 * MORE + 1e6 * BESIDE
+        assert line.rest(1e6, 3) == pytest.approx((1 + way) * whole, rel=1e-6)
+        assert line.rest(1e6, 1) == pytest.approx((1 + way) * REST.time(1e6), rel=1e-6)
 
 
 @pytest.mark.parametrize("rest,more,alpha,beta", [
@@ -57,10 +63,17 @@ def test_the_rest_of_a_synthetic_layer_is_recovered():
     (Line(-1e-7, 1e-9, 1.0), 0.0, 0, 1e-9),
 ])
 def test_no_term_of_the_rest_is_negative(rest, more, alpha, beta):
-    model, found = layer_times(rest, more)
+    model, found = layer_times(rest, more, 0.0)
     line = layer_lines(model, "c10d", found)[0]
-    assert line.pass_s == 0 and line.alpha_s == pytest.approx(alpha, rel=0.01)
+    assert line.pass_s == line.overlap_s == 0 and line.alpha_s == pytest.approx(alpha, rel=0.01)
     assert line.beta_s == pytest.approx(beta, rel=0.01)
+
+
+def test_passes_of_one_size_alone():
+    """What they cost cannot be told from what bytes do: it is each pass's."""
+    model, found = layer_times(cases=((64, 1), (64, 3), (1024, 1)))
+    line = layer_lines(model, "c10d", found)[0]
+    assert line.pass_s == pytest.approx(MORE + 256 * 64 * BESIDE / 2, rel=1e-6) and line.overlap_s == 0
 
 
 def test_layers_of_one_size_make_no_line():
@@ -71,5 +84,5 @@ def test_layers_of_one_size_make_no_line():
 
 def test_layers_are_shown():
     text = MODEL.describe()
-    assert "layer_fwd   c10d +400 us a pass" in text and "layer_bwd   c10d +0 us a pass" in text
-    assert "warning: layer_fwd c10d +400 us a pass: r2 = 0.500" in text
+    assert "layer_fwd   c10d +400 us a pass +0/MB" in text and "layer_bwd   c10d +0 us a pass +0/MB" in text
+    assert "warning: layer_fwd c10d +400 us a pass +0/MB: r2 = 0.500" in text

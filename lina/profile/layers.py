@@ -24,7 +24,7 @@ from lina.profile.measure import Ranks
 
 LAYERS = 4
 # A rank's; of the fewest only what is constant counts.
-TOKENS = {"cuda": (64, 2048, 8192), "cpu": (16, 256, 1024)}
+TOKENS = {"cuda": (64, 2048, 8192, 32768), "cpu": (16, 256, 1024, 4096)}
 TOP_K = 2
 REPEATS, LEAST = 7, 4           # of a case; the cases that are timed whatever they cost
 MOST_AHEAD_S = 10e-3            # that the host gets on CUDA: longer than what it can queue
@@ -32,8 +32,8 @@ MOST_AHEAD_S = 10e-3            # that the host gets on CUDA: longer than what i
 
 def cases(device: str) -> list[tuple[int, int]]:
     """(tokens, passes each way), the most important first."""
-    few, some, many = TOKENS[device]
-    return [(few, 1), (some, 1), (few, 2), (many, 1), (some, 2), (few, 3), (some, 3)]
+    few, some, many, most = TOKENS[device]
+    return [(few, 1), (some, 1), (few, 2), (many, 1), (many, 3), (some, 2), (most, 1), (few, 3), (most, 2)]
 
 
 def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,

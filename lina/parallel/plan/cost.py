@@ -124,7 +124,8 @@ class CostModel:
             found.append(("copy", self.device, "bytes", self.copy))
         for transport, lines in self.layers.items():
             for name, line in zip(("layer_fwd", "layer_bwd"), lines, strict=True):
-                found.append((name, f"{transport} +{1e6 * line.pass_s:.0f} us a pass", "bytes", line))
+                more = f"+{1e6 * line.pass_s:.0f} us a pass +{1e12 * line.overlap_s:.0f}/MB"
+                found.append((name, f"{transport} {more}", "bytes", line))
         return found
 
     def describe(self) -> str:

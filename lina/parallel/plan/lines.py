@@ -74,16 +74,19 @@ class LayerLine(Line):
 
     Attributes:
         points: of that rest: measured seconds less those of exchanges and experts by their own lines.
-        pass_s: for each expert pass beyond the first.
+        pass_s: for each expert pass beyond the first.  overlap_s: of each byte where there are several, for
+            what runs beside each other is slower than alone.
         whole_s: the layer's measured seconds at each point; ``r2`` and ``off`` are of these.
     """
 
     pass_s: float = 0.0
+    overlap_s: float = 0.0
     whole_s: tuple[float, ...] = ()
 
     def rest(self, n: float, degree: int) -> float:
         """Seconds beside exchanges and experts of a layer of ``n`` bytes in ``degree`` passes."""
-        return self.alpha_s + n * self.beta_s + (degree - 1) * self.pass_s
+        return (self.alpha_s + n * self.beta_s
+                + ((degree - 1) * self.pass_s + n * self.overlap_s if degree > 1 else 0.0))
 
     @property
     def off(self) -> float:
@@ -147,8 +150,8 @@ def read_line(value: dict[str, Any]) -> Line:
 
 def read_layer_line(value: dict[str, Any]) -> LayerLine:
     """As :func:`read_line`."""
-    line, pass_s = read_line(value), float(value["pass_s"])
+    line, more = read_line(value), (float(value["pass_s"]), float(value["overlap_s"]))
     whole_s = tuple(map(float, value["whole_s"]))
-    if not 0 <= pass_s < math.inf or len(whole_s) != len(line.points):
-        raise ValueError(f"a layer's pass of {pass_s} s, {len(whole_s)} times of {len(line.points)} points")
-    return LayerLine(line.alpha_s, line.beta_s, line.r2, line.points, pass_s, whole_s)
+    if not all(0 <= s < math.inf for s in more) or len(whole_s) != len(line.points):
+        raise ValueError(f"a layer's passes of {more} s, {len(whole_s)} times of {len(line.points)} points")
+    return LayerLine(line.alpha_s, line.beta_s, line.r2, line.points, *more, whole_s)

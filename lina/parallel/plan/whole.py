@@ -52,30 +52,34 @@ def _fitted(cost: CostModel, transport: str, times: Sequence[LayerTimes], way: i
         raise ValueError(f"layers: {len(set(once))} sizes in one pass, at least 2 needed")
     points = [rest[n, 1] for n in once]
     took = [whole[n, 1].time_s for n in once]
-    alpha, beta = _least(points, took)
-    more = [(degree - 1, (rest[n, degree].time_s - rest[n, 1].time_s), whole[n, degree].time_s)
-            for n, degree in rest if degree > 1 and (n, 1) in rest]
-    passes = sum((k / w) ** 2 for k, _, w in more)
-    pass_s = max(0.0, sum(k * s / w**2 for k, s, w in more) / passes) if passes else 0.0
+    alpha, beta = _least([(1.0, p.n, p.time_s, w) for p, w in zip(points, took, strict=True)])
+    pass_s, overlap_s = _least([
+        (degree - 1.0, n, rest[n, degree].time_s - rest[n, 1].time_s, whole[n, degree].time_s)
+        for n, degree in rest if degree > 1 and (n, 1) in rest])
     level = sum(1 / w for w in took) / sum(1 / w**2 for w in took)         # the best constant
     spread = sum((1 - level / w) ** 2 for w in took)
     errors = sum(((alpha + beta * p.n - p.time_s) / w) ** 2 for p, w in zip(points, took, strict=True))
     r2 = max(0.0, 1 - errors / spread) if spread > 1e-28 * len(took) else 1.0
-    return LayerLine(alpha, beta, r2, tuple(points), pass_s, tuple(took))
+    return LayerLine(alpha, beta, r2, tuple(points), pass_s, overlap_s, tuple(took))
 
 
-def _least(points: Sequence[Point], whole: Sequence[float]) -> tuple[float, float]:
-    """(alpha, beta), neither negative, of least squared errors in parts of ``whole``."""
-    u = [1 / w for w in whole]
-    v = [p.n / w for p, w in zip(points, whole, strict=True)]
-    y = [p.time_s / w for p, w in zip(points, whole, strict=True)]
-    uu, uv, vv, uy, vy = (sum(map(float.__mul__, a, b)) for a, b in ((u, u), (u, v), (v, v), (u, y), (v, y)))
+def _least(rows: Sequence[tuple[float, float, float, float]]) -> tuple[float, float]:
+    """(a, b), neither negative, of least squared errors of a u + b v = y in parts of w, for rows
+    (u, v, y, w). Where these do not tell the two apart, all is a's."""
+    if not rows:
+        return 0.0, 0.0
+    us, vs, ys = zip(*((u / w, v / w, y / w) for u, v, y, w in rows), strict=True)
+    uu, uv, vv, uy, vy = (sum(map(float.__mul__, a, b)) for a, b in
+                          ((us, us), (us, vs), (vs, vs), (us, ys), (vs, ys)))
     det = uu * vv - uv * uv
-    alpha, beta = (vv * uy - uv * vy) / det, (uu * vy - uv * uy) / det
-    if alpha >= 0 and beta >= 0:
-        return alpha, beta
+    if det <= 1e-12 * uu * vv:
+        return max(0.0, uy / uu), 0.0
+    a, b = (vv * uy - uv * vy) / det, (uu * vy - uv * uy) / det
+    if a >= 0 and b >= 0:
+        return a, b
+
     def error(end: tuple[float, float]) -> float:
-        return sum((end[0] * a + end[1] * b - c) ** 2 for a, b, c in zip(u, v, y, strict=True))
+        return sum((end[0] * u + end[1] * v - y) ** 2 for u, v, y in zip(us, vs, ys, strict=True))
 
     return min(((max(0.0, uy / uu), 0.0), (0.0, max(0.0, vy / vv))), key=error)      # it lies on an axis
 
