@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAIN = "build/fuzz/plain"
 CC = os.environ.get("CC", "cc")
 PATIENCE_S = 20.0
-AHEAD = 100  # calls of a thread, a millisecond each of the fake's streams, which an abort lets end
+AHEAD = 25  # calls of a thread; an abort lets them end, a millisecond each of the fake's stream
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("make") and shutil.which(CC)), reason="needs make and a C compiler"
@@ -154,6 +154,7 @@ def several_threads() -> None:
     # A fork has a copy, which is nobody's to abort.
     one = Reducer(128)
     one.reduce()
+    assert fake.drain(one.stream, PATIENCE_S)  # or an abort in the child would wait for it, and not show
     child = os.fork()
     if child == 0:
         one.comm.close()

@@ -59,7 +59,7 @@ def test_options() -> None:
 
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_gathers_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
-    """Later runs that end first are still their own seed's and design's; a run that fails ends all."""
+    """Later runs that end first are still their own seed's and design's; one that fails is an error."""
     def train(folder: Path, argv: list[str]) -> tuple[np.ndarray, np.ndarray, float]:
         seed, schedule = int(argv[argv.index("--seed") + 1]), argv[argv.index("--schedule") + 1]
         time.sleep(0.02 * (3 - seed))

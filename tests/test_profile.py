@@ -235,7 +235,7 @@ def test_nccls_settings_make_another_machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [lambda v: v.pop("links"), lambda v: v.update(kind="trace"),
-                                    lambda v: v.update(format=3), lambda v: v["gemm"].update(beta_s=-1.0),
+                                    lambda v: v.update(format=4), lambda v: v["gemm"].update(beta_s=-1.0),
                                     lambda v: v["layers"][0]["forward"].update(pass_s=-1.0),
                                     lambda v: v["layers"][0]["backward"].update(overlap_s=-1.0),
                                     lambda v: v["layers"][0]["forward"].update(whole_s=[]),
@@ -254,9 +254,9 @@ def test_what_is_no_model_is_refused(tmp_path, damage):
 
 def test_a_file_of_an_earlier_lina_says_what_to_do(tmp_path):
     value = model_of().as_json()
-    value["format"] = 1
-    del value["layers"]
+    value["format"] = 2
+    del value["experts"][0]["late"]
     path = tmp_path / "model.json"
     path.write_text(json.dumps(value))
-    with pytest.raises(ValueError, match=r"format 1; here 'lina cost model', 2: run `lina profile` again"):
+    with pytest.raises(ValueError, match=r"format 2; here 'lina cost model', 3: run `lina profile` again"):
         CostModel.load(path)

@@ -6,7 +6,8 @@
  *
  * The data is cut into tiles; block b of every rank has tiles b, b + blocks, ..., and
  * numbers them on through all calls (`first` in device memory, so that a captured graph
- * replays), by D at least, lest a longer call of a peer be taken for a later one. In step s of a call a block, with D = LINA_REDUCE_DEPTH,
+ * replays). With D = LINA_REDUCE_DEPTH, a call of fewer than D tiles takes D numbers all
+ * the same, lest a longer call of a peer be taken for a later one. In step s a block
  *   sends    tile s to a slot of each peer's ring (2 ranks: the whole tile, which both
  *            then sum; more, or `scatter`: part q of it to rank q alone);
  *   waits    for all peers' tile s - D, and sums it into its own data;

@@ -122,21 +122,21 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGr
 
     Raises:
         ValueError: the ranks, on all of them, would give it different names, and so wait for each other in
-            vain. Up to torch 2.14 a name counts the groups that a rank is in.
+            vain. Up to torch 2.14 the name of a group of some counts the groups that a rank is in; from 2.15
+            on every name counts those that it has made.
     """
-    members = tuple(ranks)
-    if len(members) == dist.get_world_size():
-        return dist.new_group(list(members), timeout=timeout)        # numbered by calls
+    members, some = tuple(ranks), len(ranks) < dist.get_world_size()
+    name = c10d._hash_ranks_to_str(list(members)) if some else str(c10d._world.group_count)
     _asked[members] += 1
     store = dist.PrefixStore(f"lina/groups/{members}/{_asked[members]}", c10d._get_default_store())
-    store.set(str(dist.get_rank()), c10d._hash_ranks_to_str(list(members)))
+    store.set(str(dist.get_rank()), name)
     keys = [str(rank) for rank in members]
     store.wait(keys, timeout or timedelta(seconds=600))
     if len({bytes(store.get(key)) for key in keys}) > 1:
         raise ValueError(f"mesh: torch {torch.__version__} cannot make a group of ranks {list(members)}, "
                          "which are in different numbers of groups: make groups that only some of them are "
                          "in after lina's mesh and the first backward pass")
-    return dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+    return dist.new_group(list(members), timeout=timeout, use_local_synchronization=some)
 
 
 def _alive(group: dist.ProcessGroup) -> bool:

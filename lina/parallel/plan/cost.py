@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lina.parallel.plan.lines import ExpertPass, ExpertShape, LayerLine, Line, read_layer_line, read_line
 from lina.parallel.plan.machine import default_path, machine_facts, overwrite
 
-KIND, FORMAT = "lina cost model", 2
+KIND, FORMAT = "lina cost model", 3
 GOOD_FIT = 0.99                 # r2 below it is worth a warning: FSMoE reports 0.9987 at the least
 
 
