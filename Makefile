@@ -88,19 +88,19 @@ FUZZ := build/fuzz
 sanitize: sanitize-cpu sanitize-gpu
 
 # Two fake torches: the newest, and 2.10, which lacks what came later.
-$(FUZZ)/%/libtorch_cpu.so: tests/fake_torch.c tests/fake_torch.h
+$(FUZZ)/%/libtorch_cpu.so: tests/fake_torch.c tests/fake_torch.h tests/splitmix.h
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) $(if $(filter old,$*),-DFAKE_OLD) -fPIC -shared -Wl,-soname,libtorch_cpu.so -o $@ $<
 
-$(FUZZ)/fuzz: $(FUZZ)/new/libtorch_cpu.so $(FUZZ)/old/libtorch_cpu.so $(wildcard tests/fuzz_*.[ch]) tests/fake_torch.h $(SOURCES)
+$(FUZZ)/fuzz: $(FUZZ)/new/libtorch_cpu.so $(FUZZ)/old/libtorch_cpu.so $(wildcard tests/fuzz_*.[ch]) tests/fake_torch.h tests/splitmix.h $(SOURCES)
 	$(CC) $(SANITIZE) -o $@ tests/fuzz_core.c tests/fuzz_draw.c tests/fuzz_tensor.c $(CORE) $< -lm -ldl -lpthread
 
 PLAN := csrc/error.c $(wildcard csrc/plan/*.c)
-$(FUZZ)/plan: $(wildcard tests/fuzz_plan*.[ch]) csrc/error.h $(wildcard csrc/plan/*.h) $(PLAN)
+$(FUZZ)/plan: $(wildcard tests/fuzz_plan*.[ch]) tests/splitmix.h csrc/error.h $(wildcard csrc/plan/*.h) $(PLAN)
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) -o $@ $(wildcard tests/fuzz_plan*.c) $(PLAN) -lm
 
-$(FUZZ)/simulate: tests/fuzz_simulate.c csrc/error.h $(wildcard csrc/plan/*.h) $(PLAN)
+$(FUZZ)/simulate: tests/fuzz_simulate.c tests/splitmix.h csrc/error.h $(wildcard csrc/plan/*.h) $(PLAN)
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) -o $@ $< $(PLAN) -lm
 
@@ -114,13 +114,13 @@ FAKE_NCCL := $(wildcard tests/fake_cuda*.c tests/fake_stream.c tests/fake_nccl*.
 # Some kernels spread addresses wider than an older ThreadSanitizer can follow.
 NEAR := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-$(FUZZ)/%/libnccl.so.2: $(FAKE_NCCL) $(wildcard tests/fake_*.h tests/fake_cuda/*.h) csrc/nccl_abi.h
+$(FUZZ)/%/libnccl.so.2: $(FAKE_NCCL) $(wildcard tests/fake_*.h tests/fake_cuda/*.h) tests/splitmix.h csrc/nccl_abi.h
 	@mkdir -p $(@D)
 	$(CC) $(COMM_FLAGS) $(flags_$*) -fPIC -shared -Wl,-soname,libnccl.so.2 -o $@ $(FAKE_NCCL) -lpthread
 
 # thread, address, or plain: no sanitizer.
 .PRECIOUS: $(FUZZ)/%/libnccl.so.2
-$(FUZZ)/%/comm: $(FUZZ)/%/libnccl.so.2 $(wildcard tests/fuzz_comm*.[ch] csrc/comm/*.h csrc/plan/*.h csrc/cuda/peers*.h) $(COMM)
+$(FUZZ)/%/comm: $(FUZZ)/%/libnccl.so.2 tests/splitmix.h $(wildcard tests/fuzz_comm*.[ch] csrc/comm/*.h csrc/plan/*.h csrc/cuda/peers*.h) $(COMM)
 	$(CC) $(COMM_FLAGS) $(flags_$*) -o $@ $(wildcard tests/fuzz_comm*.c) $(COMM) $< -lm -ldl -lpthread
 
 sanitize-cpu: $(FUZZ)/fuzz $(FUZZ)/plan $(FUZZ)/simulate $(FUZZ)/thread/comm $(FUZZ)/address/comm

@@ -189,7 +189,7 @@ class Agreement:
         for name, want in self.timed.items():
             got = shared(found[name], want, trainer)
             norm, length = want.float().norm(), got.float().norm()
-            error = ((got.float() - want.float()).norm() / norm).item() / GRADIENT_BF16
+            error = off(got, want)[0] / GRADIENT_BF16
             off_length = abs((length / norm).item() - 1) / LENGTH_BF16
             if norm > 0 and not max(error, off_length) <= 1:
                 raise RuntimeError(f"the gradient of {name} differs from the first design's by "

@@ -83,7 +83,6 @@ int fake_nccl_live(void);
 double fake_now(void);
 void fake_sleep(double seconds);
 void fake_nap(void);                                /* a random time as above */
-uint64_t fake_random(uint64_t *state);
 /* Says what is wrong and ends the program. */
 void fake_broken(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 

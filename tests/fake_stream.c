@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "splitmix.h"
+
 /* ---- time, chance, verdict ---- */
 
 double fake_now(void) {
@@ -22,20 +24,13 @@ void fake_sleep(double seconds) {
   nanosleep(&t, NULL);
 }
 
-uint64_t fake_random(uint64_t *state) {
-  uint64_t z = (*state += 0x9e3779b97f4a7c15u);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-
 void fake_nap(void) {
   static _Atomic uint64_t threads;
   static _Thread_local uint64_t state;
   if (!state) state = atomic_fetch_add_explicit(&threads, 1, memory_order_relaxed) + 1;
-  uint64_t kind = fake_random(&state) % 1000;
+  uint64_t kind = splitmix(&state) % 1000;
   double most_s = kind < 600 ? 0 : kind < 940 ? 3e-4 : kind < 995 ? 3e-3 : 5e-2;
-  if (most_s > 0) fake_sleep(most_s * (double)(fake_random(&state) % 1000) * 1e-3);
+  if (most_s > 0) fake_sleep(most_s * (double)(splitmix(&state) % 1000) * 1e-3);
 }
 
 void fake_broken(const char *format, ...) {

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "splitmix.h"
+
 /* ---- failures on purpose ---- */
 
 static uint64_t state, one_in;
@@ -15,12 +17,7 @@ static bool has_failed;
 void fake_fail(uint64_t seed, uint64_t n) { state = seed, one_in = n, has_failed = false; }
 bool fake_has_failed(void) { return has_failed; }
 
-static uint64_t draw(void) {
-  uint64_t z = (state += 0x9e3779b97f4a7c15u);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
+static uint64_t draw(void) { return splitmix(&state); }
 
 static bool fails(void) {
   if (one_in == 0 || draw() % one_in != 0) return false;

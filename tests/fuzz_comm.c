@@ -20,6 +20,7 @@
 #include "comm/priority.h"
 #include "dtype.h"
 #include "error.h"
+#include "splitmix.h"
 
 const char *__asan_default_options(void) { return "abort_on_error=1"; }
 const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stacktrace=1"; }
@@ -189,7 +190,7 @@ int main(int argc, char **argv) {
   pthread_detach(watchdog);
   for (int64_t left = rounds; left > 0; left -= SESSION_ROUNDS, seed += 1000) {
     uint64_t random = seed;
-    int size = (int)(1 + fake_random(&random) % MAX_RANKS);
+    int size = (int)(1 + splitmix(&random) % MAX_RANKS);
     fake_hold(LINA_PRIORITY_HOLD_S);
     with_ranks(size, random, left < SESSION_ROUNDS ? left : SESSION_ROUNDS, PATIENCE_S, session);
   }

@@ -8,6 +8,7 @@
 #include "comm/priority.h"
 #include "dtype.h"
 #include "error.h"
+#include "splitmix.h"
 
 /* ---- one operation: drawn alike on all ranks ---- */
 
@@ -28,8 +29,8 @@ typedef struct {
 /* Bytes from one rank to another: often none, seldom from anybody. */
 static int64_t a2a_bytes(const op *o, int source, int target) {
   uint64_t state = o->salt + (uint64_t)source * 64 + (uint64_t)target;
-  if (fake_random(&state) % 4 == 0) return 0;
-  return (int64_t)(fake_random(&state) % (o->count + 1));
+  if (splitmix(&state) % 4 == 0) return 0;
+  return (int64_t)(splitmix(&state) % (o->count + 1));
 }
 
 static char a2a_byte(const op *o, int source, int target, int64_t i) {
@@ -52,23 +53,23 @@ static void put(char *to, int dtype, int64_t i, int value) {
 static void draw(op *o, uint64_t *random, bool *raised) {
   static const int dtypes[] = {LINA_F32, LINA_F64, LINA_BF16};
   memset(o, 0, sizeof *o);
-  o->kind = (op_kind)(fake_random(random) % 3);
-  o->salt = fake_random(random);
-  o->dtype = dtypes[fake_random(random) % 3];
+  o->kind = (op_kind)(splitmix(random) % 3);
+  o->salt = splitmix(random);
+  o->dtype = dtypes[splitmix(random) % 3];
   o->element = o->dtype == LINA_F64 ? 8 : o->dtype == LINA_F32 ? 4 : 2;
-  o->count = (int64_t)(fake_random(random) % (fake_random(random) % 8 == 0 ? 2 : 1500));
-  o->mean = fake_random(random) % 2;
-  o->gently = fake_random(random) % 4 > 0;
+  o->count = (int64_t)(splitmix(random) % (splitmix(random) % 8 == 0 ? 2 : 1500));
+  o->mean = splitmix(random) % 2;
+  o->gently = splitmix(random) % 4 > 0;
   if (o->kind == A2A) {
     /* A raise may come with an earlier operation than its lower. */
-    o->how = fake_random(random) % 3 ? LINA_A2A_RAISE : 0;
-    if (*raised || o->how) o->how |= fake_random(random) % 2 ? LINA_A2A_LOWER : 0;
+    o->how = splitmix(random) % 3 ? LINA_A2A_RAISE : 0;
+    if (*raised || o->how) o->how |= splitmix(random) % 2 ? LINA_A2A_LOWER : 0;
     *raised = (*raised || o->how & LINA_A2A_RAISE) && !(o->how & LINA_A2A_LOWER);
   }
   /* At 1 byte/ns: 200 to 4,000 bytes a micro-op; a unit of 3 bytes is no element's. */
   lina_link link = {0, 1e-9};
-  double seconds = 1e-9 * (double)(200 + fake_random(random) % 3800);
-  fine(lina_policy_init(&o->policy, link, seconds, fake_random(random) % 8 ? 16 : 3), "a policy");
+  double seconds = 1e-9 * (double)(200 + splitmix(random) % 3800);
+  fine(lina_policy_init(&o->policy, link, seconds, splitmix(random) % 8 ? 16 : 3), "a policy");
 }
 
 static void fill(op *o, const rank_state *s) {
@@ -168,7 +169,7 @@ static void expect_counts(const op *o, const rank_state *s, bool *raised, fake_c
 
 void run_round(rank_state *s, uint64_t seed) {
   op ops[MAX_OPS];
-  int count = (int)(1 + fake_random(&seed) % MAX_OPS);
+  int count = (int)(1 + splitmix(&seed) % MAX_OPS);
   bool drawn = false, raised = false;
   fake_counts a2a = fake_stream_counts(s->a2a), reduce = fake_stream_counts(s->reduce);
   for (int i = 0; i < count; i++) {

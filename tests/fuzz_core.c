@@ -16,6 +16,7 @@
 #include "fake_torch.h"
 #include "fuzz_draw.h"
 #include "register.h"
+#include "splitmix.h"
 
 /* A full machine is an error to handle, and every death a signal to report. */
 const char *__asan_default_options(void) { return "abort_on_error=1:allocator_may_return_null=1"; }
@@ -76,7 +77,7 @@ int main(int argc, char **argv) {
   const fake_op *ops = fake_ops(&count);
   int64_t taken[64] = {0}, total[64] = {0};
   for (call = first; call < first + calls; call++) {
-    fuzz_seed(seed * 0x2545f4914f6cdd1du + (uint64_t)call * 0x9e3779b97f4a7c15u);
+    fuzz_seed(splitmix_call(seed, call));
     int i = (int)(fuzz_random() % (uint64_t)count);
     static char name[64];
     snprintf(name, sizeof name, "%.*s", (int)strcspn(ops[i].schema, "("), ops[i].schema);

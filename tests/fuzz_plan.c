@@ -15,6 +15,7 @@
 
 #include "fuzz_plan.h"
 #include "plan/policy.h"
+#include "splitmix.h"
 
 const char *__asan_default_options(void) { return "abort_on_error=1"; }
 const char *__ubsan_default_options(void) { return "abort_on_error=1:print_stacktrace=1"; }
@@ -31,12 +32,7 @@ static void on_abort(int number) {
 
 /* ---- randomness ---- */
 
-uint64_t draw(void) {
-  uint64_t z = (state += 0x9e3779b97f4a7c15u);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
+uint64_t draw(void) { return splitmix(&state); }
 int64_t between(int64_t low, int64_t high) {
   return low + (int64_t)(draw() % (uint64_t)(high - low + 1));
 }
@@ -158,7 +154,7 @@ int main(int argc, char **argv) {
   int64_t took[SUBJECTS] = {0}, total[SUBJECTS] = {0};
   signal(SIGABRT, on_abort);
   for (call = first; call < first + calls; call++) {
-    state = seed * 0x2545f4914f6cdd1du + (uint64_t)call * 0x9e3779b97f4a7c15u;
+    state = splitmix_call(seed, call);
     int64_t i = between(0, SUBJECTS - 1);
     wild = once_in(2);
     subject = subjects[i].name;

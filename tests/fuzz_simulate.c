@@ -19,16 +19,12 @@
 #include "error.h"
 #include "plan/policy.h"
 #include "plan/simulate.h"
+#include "splitmix.h"
 
 static uint64_t state, seed;
 static int64_t call;
 
-static uint64_t draw(void) { /* splitmix64 */
-  uint64_t x = state += 0x9e3779b97f4a7c15u;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-  return x ^ x >> 31;
-}
+static uint64_t draw(void) { return splitmix(&state); }
 
 static int64_t below(int64_t n) { return (int64_t)(draw() % (uint64_t)n); }
 
@@ -252,7 +248,7 @@ int main(int argc, char **argv) {
   int64_t first = argc > 3 ? strtoll(argv[3], NULL, 10) : 0;
   int64_t found = 0, broke = 0, gated = 0, events = 0, decisions = 0, refused = 0;
   for (call = first; call < first + calls; call++) {
-    state = seed * 0x2545f4914f6cdd1du + (uint64_t)call * 0x9e3779b97f4a7c15u;
+    state = splitmix_call(seed, call);
     lina_sim_args a = draw_args();
     lina_sim_result r;
     if (lina_simulate(&a, &r) != LINA_OK) broken("a sound step failed");

@@ -6,17 +6,13 @@
 #include <string.h>
 
 #include "fuzz_draw.h"
+#include "splitmix.h"
 
 /* ---- randomness ---- */
 
 static uint64_t state;
 void fuzz_seed(uint64_t seed) { state = seed; }
-uint64_t fuzz_random(void) {
-  uint64_t z = (state += 0x9e3779b97f4a7c15u);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
+uint64_t fuzz_random(void) { return splitmix(&state); }
 int64_t between(int64_t low, int64_t high) {
   return low + (int64_t)(fuzz_random() % (uint64_t)(high - low + 1));
 }

@@ -240,8 +240,8 @@ static Grid grid_of(const Args *a, int *most, int64_t *tiles) {
   *most = 0, *tiles = 0;
   for (int dir = 0; dir < 2 && a->degree[dir]; dir++) {
     Direction *d = &grid.dir[dir];
-    d->chunks = a->degree[dir] > 3 ? a->degree[dir] - 2 : 1;
-    d->ranges = a->degree[dir] > 2 ? 2 : 1;
+    d->chunks = lina_dispatch_chunks(a->degree[dir]);
+    d->ranges = lina_dispatch_ranges(a->degree[dir]);
     const int64_t n = lina_ceil_div(lina_ceil_div(a->T, d->chunks), threads_of(a));
     d->per_chunk = n < 1 ? 1 : (int)n;
     d->first = (int)*tiles;

@@ -39,11 +39,11 @@ static __device__ __forceinline__ uint64_t peers_signal(uint32_t epoch, uint32_t
   return (uint64_t)epoch << 32 | tag << 24 | count;
 }
 
-/* For a whole warp, whose lanes have read `failed`: rows of a rank that failed do not leave, for
- * they might meet experts that still read those of the round before. */
 static __device__ __forceinline__ uint32_t peers_read_failed(const lina_peers_state *state) {
   return *(const volatile uint32_t *)&state->failed;
 }
+/* For a whole warp, whose lanes have read `failed`: rows of a rank that failed do not leave, for
+ * they might meet experts that still read those of the round before. */
 static __device__ __forceinline__ bool peers_stays(uint32_t failed) {
   return __any_sync(LINA_FULL, failed != 0);
 }
@@ -70,8 +70,7 @@ static __device__ __forceinline__ bool peers_stopped(const lina_peers_links &lin
 static __device__ inline uint32_t peers_wait(const lina_peers_links &links, int direction,
                                              int source, uint32_t epoch) {
   const uint64_t *flag = peers_flag(links.buffer[links.rank], direction, source);
-  const volatile uint32_t *failed = &links.state->failed;
-  if (*failed) return PEERS_LOST;
+  if (peers_read_failed(links.state)) return PEERS_LOST;
   uint64_t start = 0;
   uint32_t why;
   for (unsigned polls = 1;; polls++) {
@@ -84,7 +83,7 @@ static __device__ inline uint32_t peers_wait(const lina_peers_links &links, int 
       break;
     }
     if (polls % 256) continue;
-    if (*failed) return PEERS_LOST;
+    if (peers_read_failed(links.state)) return PEERS_LOST;
     const uint64_t now = peers_time_ns();
     if (start == 0) start = now;
     if (now - start > links.timeout_ns) {

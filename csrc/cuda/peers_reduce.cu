@@ -150,7 +150,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
   const unsigned steps = mine + (SCATTER ? 2 : 1) * DEPTH;
   if (threadIdx.x == 0) {
     first = *first_tile(a);
-    failed = *(const volatile uint32_t *)&a.links.state->failed != 0;
+    failed = peers_read_failed(a.links.state) != 0;
   }
   __syncthreads();
   bool lost = failed; /* read between a step's barriers alone, where nobody writes it */

@@ -87,7 +87,6 @@ static __device__ __forceinline__ void announce(const Args &a, int lane, bool wa
 static __device__ bool arrives(const Args &a, const Plan &p, int phase, int source, uint64_t number,
                                uint64_t end) {
   const uint64_t *at = flag(a, a.links.rank, phase, source);
-  const volatile uint32_t *failed = &a.links.state->failed;
   uint64_t start = 0;
   uint32_t why;
   for (unsigned polls = 1;; polls++) {
@@ -98,7 +97,7 @@ static __device__ bool arrives(const Args &a, const Plan &p, int phase, int sour
       break;
     }
     if (polls % 256) continue;
-    if (*failed) return false;
+    if (peers_read_failed(a.links.state)) return false;
     const uint64_t now = peers_time_ns();
     if (start == 0) start = now;
     if (now - start > a.links.timeout_ns) {

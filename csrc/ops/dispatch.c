@@ -111,8 +111,8 @@ static void add_up(work *w) {
 static int one_direction(const lina_dispatch_args *a, int dir) {
   work w = {.a = a, .dir = dir};
   int rc = LINA_OK;
-  w.chunks = a->degree[dir] > 3 ? a->degree[dir] - 2 : 1;
-  w.ranges = a->degree[dir] > 2 ? 2 : 1;
+  w.chunks = lina_dispatch_chunks(a->degree[dir]);
+  w.ranges = lina_dispatch_ranges(a->degree[dir]);
   const int64_t tiles = (a->T / w.chunks + MIN_TILE - 1) / MIN_TILE, most = MAX_TILES / w.chunks;
   w.tiles = (int)(tiles < 1 ? 1 : tiles < most ? tiles : most);
   const int64_t all = (int64_t)w.chunks * w.tiles;

@@ -53,6 +53,10 @@ typedef struct {
   int64_t said[LINA_DISPATCH_MAX_SAID];
 } lina_dispatch_args;
 
+/* Parts that a degree cuts other ranks' tokens and this rank's own ones into. */
+static inline int lina_dispatch_chunks(int degree) { return degree > 3 ? degree - 2 : 1; }
+static inline int lina_dispatch_ranges(int degree) { return degree > 2 ? 2 : 1; }
+
 /* Scratch on the device, in int32: its per-block counts. */
 int64_t lina_dispatch_partial_count(const lina_dispatch_args *a);
 int lina_dispatch_cpu(const lina_dispatch_args *a);

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from lina.parallel import Line, Point
+from lina.parallel import Line, Point, point_of
 
 Run = Callable[[], object]          # does the operation once
 Prepare = Callable[[int], Run]      # allocates for so many units
@@ -83,7 +83,7 @@ def sweep(ranks: Ranks, prepare: Prepare, sizes: Sequence[int], seconds: float,
                 break
             return None, error
         # half now, so that the larger sizes, which say most of beta, get theirs
-        points.append(_point(n, [t / each for t in times(ranks, run, left / 2)]))
+        points.append(point_of(float(n), [t / each for t in times(ranks, run, left / 2)]))
         del run
         left -= ranks.slowest([time.perf_counter() - start])[0]
     return Line.fit(points), ""
@@ -99,10 +99,6 @@ def _prepared(ranks: Ranks, prepare: Prepare, n: int) -> tuple[Run | None, str]:
         error = failed
     said = ranks.first_error(error)
     return (run, "") if said is None else (None, said)
-
-
-def _point(n: int, seconds: list[float]) -> Point:
-    return Point(float(n), statistics.median(seconds), min(seconds), max(seconds))
 
 
 def times(ranks: Ranks, run: Run, seconds: float) -> list[float]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lina import ops
 from lina.parallel.tokens.dispatch import eagerly
+from lina.parallel.tokens.passes import add_up
 from lina.parallel.tokens.round import DTYPES, Round, overlap
 from lina.parallel.transport.peers import Overflow, Peers
 
@@ -164,10 +165,7 @@ class _Moe(torch.autograd.Function):
                 dx_RD, dweight_RK, *parts = torch.ops.lina.experts_bwd(
                     dout_RD, *kept[j], *weights, None, None, *ctx.options, mask)[:6]
                 results.append((dx_RD, dweight_RK))
-                for i in range(4):
-                    so_far = total[i]
-                    if wanted[i]:
-                        total[i] = parts[i] if so_far is None else so_far.add_(parts[i])
+                add_up(total, parts, wanted)
 
             def back(j: int) -> None:
                 calls[j].collect("p2p collect backward", results[j][0], None, None, results[j][1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,3 +95,11 @@ def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width:
                 after(i)
     for pending in going:
         pending.wait()
+
+
+def add_up(total: list[Tensor | None], parts: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+    """Adds a pass's gradients of weights to those of the passes before, in the weights' dtype."""
+    for i, part in enumerate(parts):
+        so_far = total[i]
+        if wanted[i]:
+            total[i] = part if so_far is None else so_far.add_(part)

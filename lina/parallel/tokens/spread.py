@@ -20,7 +20,6 @@ can hide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from lina.parallel.tokens import p2p, padded
 from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
 from lina.parallel.tokens.header import facts
 from lina.parallel.tokens.layout import Layout, found_in
-from lina.parallel.tokens.passes import Job, plan, run
+from lina.parallel.tokens.passes import Job, add_up, plan, run
 from lina.parallel.transport.base import ahead
 from lina.parallel.transport.carriers import transport
 from lina.parallel.transport.peers import peers_of
@@ -225,22 +224,17 @@ def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pas
             if later:
                 kept[i] = *given, dh, a
             else:
-                add(dw)
+                add_up(total, dw, need[2:6])
             size = own.stop - own.start
             parts = [(dx, dweight)[j] for j, _ in returned]
             for whole, part in zip(rows, parts, strict=True):
                 whole[S + own.start:S + own.stop] = part[:size]
             return pack(*(part[size:] for part in parts)) if got is not None and parts else None
 
-        def add(dw: Sequence[Tensor]) -> None:
-            for j, part in enumerate(dw):
-                if need[2 + j]:
-                    so_far = total[j]
-                    total[j] = part if so_far is None else so_far.add_(part)
-
         def after(i: int) -> None:
             if i in kept:
-                add(torch.ops.lina.experts_bwd(*kept.pop(i), *job.options, stays)[2:6])
+                dw = torch.ops.lina.experts_bwd(*kept.pop(i), *job.options, stays)[2:6]
+                add_up(total, dw, need[2:6])
 
         run(job, lay, ("collect backward", "dispatch backward"), dout_TD, D, back, compute, after)
         if back is not None:

@@ -161,16 +161,18 @@ def to_host(label: str, values: Tensor, group: dist.ProcessGroup) -> Callable[[]
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(values.device))    # whichever device is the current one
-    limit = seconds_of(group)
 
     def arrived() -> Tensor:
         start = time.monotonic()
         with tracing.span("a2a", f"{label}: wait", device=values.device):
             while not copied.query():
                 waited = time.monotonic() - start
-                if waited > limit:
+                if waited <= _SPIN_S:
+                    time.sleep(0)                      # lets other threads have their turn
+                    continue
+                if waited > seconds_of(group):
                     raise failure(label, group, TimeoutError(f"no answer for {waited:.0f} s"))
-                time.sleep(1e-4 if waited > _SPIN_S else 0)        # 0: lets other threads have their turn
+                time.sleep(1e-4)
         return host
     return arrived
 
