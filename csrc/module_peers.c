@@ -21,18 +21,18 @@ static void release(PyObject *capsule) {
 }
 
 static PyObject *make(PyObject *self, PyObject *args) {
-  int rank, ep, sms, rc;
+  int rank, ep, sms, beside, rc;
   long long out_bytes, back_bytes, tokens;
   double timeout_s;
   lina_peers *p, *with = NULL;
   PyObject *other;
   (void)self;
-  if (!PyArg_ParseTuple(args, "iiLLLdiO", &rank, &ep, &out_bytes, &back_bytes, &tokens, &timeout_s,
-                        &sms, &other))
+  if (!PyArg_ParseTuple(args, "iiLLLdipO", &rank, &ep, &out_bytes, &back_bytes, &tokens, &timeout_s,
+                        &sms, &beside, &other))
     return NULL;
   if (other != Py_None && !(with = peers_of(other))) return NULL;
   PyThreadState *python = PyEval_SaveThread();
-  rc = lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms, with);
+  rc = lina_peers_make(&p, rank, ep, out_bytes, back_bytes, tokens, timeout_s, sms, beside, with);
   PyEval_RestoreThread(python);
   if (rc != LINA_OK) return lina_raise(rc);
   PyObject *capsule = PyCapsule_New(p, CAPSULE, release);

@@ -170,7 +170,7 @@ def simulate(
 
 def peers_make(
     rank: int, ep: int, out_bytes: int, back_bytes: int, tokens: int, timeout_s: float, sms: int,
-    like: object | None,
+    beside: bool, like: object | None,
 ) -> object: ...  # fmt: skip
 def peers_export(peers: object, /) -> bytes: ...
 def peers_open(peers: object, ep: int, exports: bytes) -> None: ...

@@ -15,6 +15,7 @@ from lina.parallel.transport import nccl
 
 WORLD_TIMEOUT_S = 8
 LINK = (20e-6, 1 / 250e9)
+HELD_S = 0.2                # not yet as long as the host's watch lets gradients wait
 
 
 def world():
@@ -86,15 +87,21 @@ def priority(device) -> None:
     reducer.all_reduce(flat)
     torch.cuda.synchronize()
     dist.barrier()
-    releases = _C.read_priority(device.index)[1]
-    transport.imminent()
-    reducer.all_reduce(flat)
-    done = reducer.stream.record_event()
-    transport.stream.synchronize()
-    time.sleep(0.05)
-    assert _C.read_priority(device.index)[0] and not done.query(), "the micro-op did not wait"
-    transport.settled()
-    done.synchronize()
+    for _ in range(5):                         # a host that others keep busy may let the watch come first
+        releases, start = _C.read_priority(device.index)[1], time.perf_counter()
+        transport.imminent()
+        transport.stream.synchronize()         # the reduce stream does not wait for this one to raise
+        reducer.all_reduce(flat)
+        done = reducer.stream.record_event()
+        time.sleep(0.05)
+        waits, raised, took = not done.query(), _C.read_priority(device.index)[0], time.perf_counter() - start
+        transport.settled()
+        done.synchronize()
+        took = max(everyone(took))
+        if took < HELD_S:
+            break
+    assert took < HELD_S, f"a host this slow shows nothing: {took:.3f} s"
+    assert raised and waits, "the micro-op did not wait"
     assert not _C.read_priority(device.index)[0] and _C.read_priority(device.index)[1] == releases
     dist.barrier()
     transport.imminent()                      # and nobody settles it

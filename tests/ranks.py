@@ -33,6 +33,8 @@ import torch.distributed as dist
 import lina
 
 HERE = Path(__file__).parent
+# A quarter of the time that torch's watchdog leaves for traces before it ends a process; by default 15 s.
+PROMPT = dict.fromkeys(("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "TORCH_FR_WAIT_TIMEOUT_DUMP_MILSEC"), "250")
 
 
 class Ended(NamedTuple):
@@ -135,8 +137,7 @@ def launch(module: str, scenarios: Sequence[str], world: int, *, backend: str = 
     with tempfile.TemporaryDirectory() as folder:
         spec = json.dumps(dict(module=module, scenarios=scenarios, world=world, backend=backend,
                                timeout_s=timeout_s, folder=folder))
-        # by default torch's watchdog takes a minute for traces before it ends a process
-        env = environment(NCCL_SOCKET_IFNAME="lo", TORCH_NCCL_DUMP_ON_TIMEOUT="0")
+        env = environment(NCCL_SOCKET_IFNAME="lo", **PROMPT)
         starter = subprocess.Popen([sys.executable, __file__, spec], env=env, text=True,
                                    start_new_session=True, stderr=subprocess.PIPE)
         said = ""

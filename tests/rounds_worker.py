@@ -23,7 +23,7 @@ class Memory:
 
     def __init__(self, place: int, log: list, most: int = 0) -> None:
         self.ep, self.rank, self.device = world(), dist.get_rank(), torch.device("cpu")
-        self.place, self.log, self.most, self.stopped = place, log, most, []
+        self.sms, self.place, self.log, self.most, self.stopped = 0, place, log, most, []
 
     def layer(self, T, D, K, E, dtype, grad, tokens):
         C = everyone(T if tokens is None else tokens)

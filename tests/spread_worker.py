@@ -14,6 +14,7 @@ from parallel_worker import EXPERTS, batch, error_of, everyone, loss_of, spread_
 import lina
 from lina import parallel
 from lina.parallel.tokens import spread
+from lina.parallel.transport import carriers
 from lina.parallel.transport.base import gate
 
 from helpers import acc_dtype, assert_within_rounding, float_dtypes
@@ -149,6 +150,34 @@ def repeats(device, transport: str = "c10d") -> None:
             got = parallel.moe(wide[0], weight.float(), expert, *wide[1:3], experts=experts, mesh=mesh,
                                b_up=wide[3], b_down=wide[4])
     assert got.dtype == torch.bfloat16 and torch.equal(got, want)
+
+
+def leaves_sms(device, transport: str = "c10d") -> None:
+    """Experts beside exchanges leave SMs where these ask for some, both ways; the bits are the same."""
+    world, me = dist.get_world_size(), dist.get_rank()
+    mesh, experts = lina.mesh(ep=world, transport=transport), LOCAL * world
+    dtype = exact(device) if device.type == "cpu" else torch.bfloat16        # a grouped product
+    given = (*tokens(device, dtype, TOKENS["uneven"][me], experts), experts,
+             weights(device, dtype, bias=False, gated=True))
+    results(mesh, (3, 3), *given)                       # makes the transport
+    seen: list[int | None] = []
+
+    def noted(call):
+        def after(*args):
+            seen.append(torch._C._get_sm_carveout_experimental())
+            return call(*args)
+        return after
+
+    found = []
+    for sms in (0, 4):
+        seen.clear()
+        with mock.patch.object(carriers.transport(mesh), "sms", sms), \
+                mock.patch.object(spread.ops, "sort", noted(spread.ops.sort)), \
+                mock.patch.object(spread, "add_up", noted(spread.add_up)):
+            found.append(results(mesh, (3, 3), *given))
+        assert len(seen) > 4 and set(seen) == {sms or None}, (sms, seen)
+        assert torch._C._get_sm_carveout_experimental() is None
+    assert all(map(torch.equal, *([t for t in run if t is not None] for run in found)))
 
 
 def refusals(device, transport: str = "c10d") -> None:

@@ -17,7 +17,7 @@ import torch
 from lina import cli
 from lina.train import checkpoint
 
-from ranks import environment, needs_gpus, spawned
+from ranks import PROMPT, environment, needs_gpus, spawned
 
 pytestmark = [pytest.mark.multi,
               pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -30,7 +30,7 @@ LIMIT_S = 120                # for starting, which is most of it
 
 
 def start(*argv: str) -> subprocess.Popen:
-    env = environment(TORCH_NCCL_DUMP_ON_TIMEOUT="0")       # torch's watchdog takes no minute for traces
+    env = environment(**PROMPT)
     return subprocess.Popen([sys.executable, "-m", "lina.cli", "train", *argv], env=env, text=True,
                             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -58,10 +58,10 @@ def test_needs_several_ranks(alone: None, made: type) -> None:
 def test_limits(rank: int, ep: int, tokens: int, timeout_s: float) -> None:
     if not _C.CUDA:
         with pytest.raises(RuntimeError, match="built without CUDA"):
-            _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0, None)
+            _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0, False, None)
         return
     with pytest.raises(ValueError, match=r"p2p: (rank|tokens|timeout_s)"):
-        _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0, None)
+        _C.peers_make(rank, ep, 0, 0, tokens, timeout_s, 0, False, None)
 
 
 def test_ids_of_another_dtype() -> None:
@@ -113,7 +113,7 @@ def test_exchanges_beside_experts(fails: bool, monkeypatch) -> None:
 
     with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
         rounds.overlap(2, lambda j: log.append(f"{here[-1].name}: leave {j}"), compute,
-                       lambda j: log.append(f"{here[-1].name}: back {j}"), torch.device("cuda"))
+                       lambda j: log.append(f"{here[-1].name}: back {j}"), torch.device("cuda"), 0)
     before = ["side waits for main", "side: leave 0", "side waits for main", "side: leave 1",
               "main waits for side: leave 0", "main: compute 0"]
     after = ["side waits for main", "side: back 0", "main waits for side: leave 1", "main: compute 1",

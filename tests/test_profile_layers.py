@@ -85,4 +85,14 @@ def test_layers_of_one_size_make_no_line():
 def test_layers_are_shown():
     text = MODEL.describe()
     assert "layer_fwd   c10d +400 us a pass +0/MB" in text and "layer_bwd   c10d +0 us a pass +0/MB" in text
-    assert "warning: layer_fwd c10d +400 us a pass +0/MB: r2 = 0.500" in text
+    assert "warning: layer_fwd" not in text         # r2 is 0.5, but predictions follow its points
+
+
+def test_the_rest_follows_its_points():
+    """Also where it falls as tokens grow: the host's work shows for the few alone."""
+    points = tuple(Point(n, s, s, s) for n, s in ((400.0, 3e-3), (100.0, 9e-3), (1600.0, -1e-3)))
+    line = LayerLine(5e-3, 1e-6, 0.1, points, 1e-3, 1e-6, (1e-2, 1e-2, 1e-2))
+    for n, want in ((10, 9e-3), (100, 9e-3), (200, 7e-3), (400, 3e-3), (700, 2e-3), (1300, 0), (1600, 0)):
+        assert line.rest(n, 1) == pytest.approx(want), n
+        assert line.rest(n, 3) == pytest.approx(want + 2e-3 + n * 1e-6), n
+    assert line.rest(4000, 1) == pytest.approx(-1e-3 + 2400e-6)

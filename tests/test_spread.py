@@ -10,8 +10,8 @@ from lina.parallel.tokens.dispatch import pack, unpack
 from ranks import Run, each_scenario
 
 RUNS = {
-    "spread4": Run("spread_worker", ["degrees:4", "degrees:2", "kinds", "repeats", "refusals", "passed",
-                                     "delays:2:12", "delays:4:8"], 4),
+    "spread4": Run("spread_worker", ["degrees:4", "degrees:2", "kinds", "repeats", "leaves_sms", "refusals",
+                                     "passed", "delays:2:12", "delays:4:8"], 4),
     "graph4": Run("graph_worker", ["padded_rows"], 4),
     "train4": Run("parallel_worker", [*(f"parity:{ep}:deepseek:lina" for ep in (1, 2, 4)),
                                       "parity:2:topk:lina:c10d", "accumulation:2:lina", "unused:2:find:lina",
@@ -21,7 +21,7 @@ RUNS = {
                                      "agreement:ddp", "agreement:fsdp", "carried", "known_dead"], 4),
     "gpu-spread2": Run("spread_worker", [
         f"{name}:{transport}" for transport in ("c10d", "nccl")
-        for name in ("degrees:2", "kinds", "repeats", "refusals", "delays:2:5")], 2, "nccl"),
+        for name in ("degrees:2", "kinds", "repeats", "leaves_sms", "refusals", "delays:2:5")], 2, "nccl"),
     "gpu-graph2": Run("graph_worker", ["padded_rows", "graph:nccl", "graph:c10d"], 2, "nccl"),
     "gpu-train2": Run("parallel_worker", [f"parity:{ep}:deepseek:lina:{transport}" for ep in (1, 2)
                                           for transport in ("c10d", "nccl")], 2, "nccl"),

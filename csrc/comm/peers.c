@@ -47,7 +47,8 @@ static void leave_word(lina_peers_shared *s) {
 }
 
 int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
-                    int64_t tokens, double timeout_s, int sms, const lina_peers *with) {
+                    int64_t tokens, double timeout_s, int sms, bool beside,
+                    const lina_peers *with) {
   lina_peers *p = NULL;
   int rc;
   *out = NULL;
@@ -90,7 +91,7 @@ int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64
   /* zeros must be there before any peer can write its flag */
   LINA_TRY(lina_peers_cuda(cudaDeviceSynchronize(), "buffer"));
   p->links.sms = sms;
-  p->links.all_sms = all;
+  p->links.all_sms = beside ? sms : all;
   p->links.ep = ep;
   p->links.rank = rank;
   p->links.timeout_ns = (uint64_t)(timeout_s * 1e9);
@@ -218,9 +219,10 @@ struct lina_peers { int unused; };
 #define ABSENT lina_error(LINA_ENOTSUP, "p2p: lina was built without CUDA")
 
 int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
-                    int64_t tokens, double timeout_s, int sms, const lina_peers *with) {
+                    int64_t tokens, double timeout_s, int sms, bool beside,
+                    const lina_peers *with) {
   (void)rank, (void)ep, (void)out_bytes, (void)back_bytes, (void)tokens, (void)timeout_s;
-  (void)sms, (void)with;
+  (void)sms, (void)beside, (void)with;
   *out = NULL;
   return ABSENT;
 }

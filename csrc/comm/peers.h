@@ -31,10 +31,11 @@ typedef struct lina_peers lina_peers;
 
 /* Buffers of this process's current device for tokens of up to out_bytes on their
  * way and back_bytes returning; at most `tokens` (C) a rank. Kernels that wait take `sms` SMs,
- * or 3/4 of the GPU's if that is 0. What fails in these or in `with` (or NULL) ends the waits
+ * or 3/4 of the GPU's if that is 0; those that do not take all, or where experts compute `beside`
+ * them `sms` too. What fails in these or in `with` (or NULL) ends the waits
  * of both, with one text: layers whose rounds follow each other have buffers of their own. */
 int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64_t back_bytes,
-                    int64_t tokens, double timeout_s, int sms, const lina_peers *with);
+                    int64_t tokens, double timeout_s, int sms, bool beside, const lina_peers *with);
 void lina_peers_export(const lina_peers *p, unsigned char *handle); /* LINA_PEERS_HANDLE bytes */
 /* ep, as it was made with. */
 int lina_peers_ranks(const lina_peers *p);

@@ -42,7 +42,7 @@ int lina_peers_reduce_make(lina_peers **out, int rank, int ep, int blocks, int64
   *out = NULL;
   LINA_TRY(check_shape(ep, blocks, tile_bytes, scatter));
   LINA_TRY(lina_peers_make(&p, rank, ep, lina_peers_reduce_bytes(ep, blocks, tile_bytes, scatter),
-                           0, 1, timeout_s, blocks, NULL));
+                           0, 1, timeout_s, blocks, false, NULL));
   LINA_TRY(zero(p));
   if (cudaGetDevice(&device) != cudaSuccess) LINA_FAIL(LINA_ECUDA, "p2p reduce: no device");
   (void)lina_priority_word(device);      /* makes it, which a capture could not */

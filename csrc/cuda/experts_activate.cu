@@ -18,11 +18,25 @@
 template <bool FAST> static __device__ __forceinline__ float sigmoid(float x) {
   return FAST ? __fdividef(1.0f, 1.0f + __expf(-x)) : 1.0f / (1.0f + expf(-x));
 }
-/* The normal distribution function; gelu(x) = x * phi(x). Not 1 + erf, which
- * cancels for negative x. */
-static __device__ __forceinline__ float normal(float x) { return normcdff(x); }
-static __device__ __forceinline__ float density(float x) {
-  return 0.39894228040143268f * expf(-0.5f * x * x);
+/* The normal distribution function and its density; gelu(x) = x * phi(x). Not 1 + erf, which
+ * cancels for negative x. FAST: with z = |x| / sqrt 2, erfc(z) exp(z^2) is a polynomial in
+ * t = 1 / (1 + 0.44 z) without a constant, fitted by reweighted least squares for 0 <= z <= 12
+ * (relative error 5.2e-6): one exp serves both results. */
+template <bool FAST> static __device__ __forceinline__ float normal(float x, float *density) {
+  if (!FAST) {
+    *density = 0.39894228040143268f * expf(-0.5f * x * x);
+    return normcdff(x);
+  }
+  const float t = __fdividef(1.0f, fmaf(0.44f * 0.70710678f, fabsf(x), 1.0f));
+  const float gauss = __expf(-0.5f * x * x);
+  float p = fmaf(-0.1461058f, t, 0.35065323f);
+  p = fmaf(p, t, 0.040729914f);
+  p = fmaf(p, t, 0.26358721f);
+  p = fmaf(p, t, 0.24256926f);
+  p = fmaf(p, t, 0.24856105f);
+  const float tail = 0.5f * gauss * t * p;
+  *density = 0.39894228f * gauss;
+  return x < 0.0f ? tail : 1.0f - tail;
 }
 /* As torch's clamp: NaN stays NaN. */
 static __device__ __forceinline__ float clamp_max(float x, float most) {
@@ -42,8 +56,9 @@ static __device__ __forceinline__ float element(float g, float u, float da, floa
     return silu * up;
   }
   if (KIND == LINA_GEGLU || KIND == LINA_GELU) {
-    const float phi = normal(g), up = KIND == LINA_GEGLU ? u : 1.0f;
-    if (BWD) *dg = da * up * fmaf(g, density(g), phi), *du = da * (g * phi);
+    float density;
+    const float phi = normal<FAST>(g, &density), up = KIND == LINA_GEGLU ? u : 1.0f;
+    if (BWD) *dg = da * up * fmaf(g, density, phi), *du = da * (g * phi);
     return g * phi * up;
   }
   if (KIND == LINA_SWIGLU_CLAMPED) {

@@ -129,7 +129,7 @@ class CostModel:
         return found
 
     def describe(self) -> str:
-        """A table of all lines, and a warning for each that fits badly."""
+        """A table of all lines, and a warning for each that fits badly and is what predictions follow."""
         where = self.machine["gpus"][0] if self.device == "cuda" else self.machine["cpu"]
         out = [f"{self.world} rank{'s' * (self.world > 1)} on {self.device} ({where}), ep {self.ep}, "
                f"measured in {self.seconds:.1f} s",
@@ -140,7 +140,7 @@ class CostModel:
                 f"{line.r2:9.4f}{line.off:7.1%}{len(line.points):8d}" for op, how, unit, line in rows]
         out += [f"warning: {op} {how}: r2 = {line.r2:.3f} is below {GOOD_FIT}: its times are no straight "
                 f"line here, or others use the machine; off by up to {line.off:.0%}"
-                for op, how, _, line in rows if line.r2 < GOOD_FIT]
+                for op, how, _, line in rows if line.r2 < GOOD_FIT and not isinstance(line, LayerLine)]
         return "\n".join([*out, *(f"not measured: {note}" for note in self.notes)])
 
     # ---- files ----

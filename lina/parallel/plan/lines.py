@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,6 +73,9 @@ class LayerLine(Line):
     """What a whole spread layer takes one way beside its exchanges and experts, by bytes of its tokens
     (tokens * dim * itemsize).
 
+    That is no straight line where the host's work shows for few tokens alone: between points it is taken
+    straight from one to the next, below the first as there, and beyond the last by the line's ``beta_s``.
+
     Attributes:
         points: of that rest: measured seconds less those of exchanges and experts by their own lines.
         pass_s: for each expert pass beyond the first.  overlap_s: of each byte where there are several, for
@@ -85,13 +89,24 @@ class LayerLine(Line):
 
     def rest(self, n: float, degree: int) -> float:
         """Seconds beside exchanges and experts of a layer of ``n`` bytes in ``degree`` passes."""
-        return (self.alpha_s + n * self.beta_s
-                + ((degree - 1) * self.pass_s + n * self.overlap_s if degree > 1 else 0.0))
+        more = (degree - 1) * self.pass_s + n * self.overlap_s if degree > 1 else 0.0
+        return max(0.0, self._alone(n)) + more
+
+    def _alone(self, n: float) -> float:
+        points = sorted(self.points, key=lambda p: p.n)
+        if not points:
+            return self.alpha_s + n * self.beta_s
+        if n <= points[0].n:
+            return points[0].time_s
+        for p, q in pairwise(points):
+            if n <= q.n:
+                return p.time_s + (n - p.n) / (q.n - p.n) * (q.time_s - p.time_s)
+        return points[-1].time_s + (n - points[-1].n) * self.beta_s
 
     @property
     def off(self) -> float:
-        """The largest error of the line at its points, relative to the whole layer."""
-        return max((abs(self.rest(p.n, 1) - p.time_s) / whole
+        """The largest error of the straight line at its points, relative to the whole layer."""
+        return max((abs(self.alpha_s + p.n * self.beta_s - p.time_s) / whole
                     for p, whole in zip(self.points, self.whole_s, strict=True)), default=0.0)
 
 

@@ -132,7 +132,7 @@ class _Moe(torch.autograd.Function):
                 calls[j].collect("p2p collect", y_ND, pair_row, got[j].weight_RK, None, slot_TR[at[j]],
                                  count_P2R[j], expert_TK[at[j]], out_TD[at[j]], None)
 
-            overlap(len(calls), leave, compute, back, x_TD.device)
+            overlap(len(calls), leave, compute, back, x_TD.device, calls[0].peers.sms)
         except BaseException:
             _stop(call.peers for call in calls)
             raise
@@ -172,7 +172,7 @@ class _Moe(torch.autograd.Function):
                                  slot_TR[at[j]], count_P2R[j], expert_TK[at[j]], dx_TD[at[j]],
                                  dweight_TK[at[j]])
 
-            overlap(len(calls), leave, compute, back, dout_TD.device)
+            overlap(len(calls), leave, compute, back, dout_TD.device, calls[0].peers.sms)
         except BaseException:
             _stop(call.peers for call in calls)
             raise

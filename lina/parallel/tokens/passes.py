@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lina import ops, tracing
 from lina.parallel.plan.observe import saw_rows
+from lina.parallel.tokens.carveout import carveout
 from lina.parallel.tokens.dispatch import raw
 from lina.parallel.tokens.header import FIRST, check, said
 from lina.parallel.tokens.layout import Layout, layout
@@ -85,13 +86,14 @@ def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width:
         if part.chunk:
             pending, arrived = coming[part.chunk[0]]
             pending.wait()
-        with tracing.span("compute", "experts backward" if "backward" in labels[0] else "experts"):
+        name = "experts backward" if "backward" in labels[0] else "experts"
+        with tracing.span("compute", name), carveout(job.transport.sms):
             result = compute(i, arrived)
         if part.chunk and back is not None and result is not None:
             c = part.chunk[0]
             going.append(start(labels[1], c, back[lay.sent_rows(c)], result, lay.sent[c], lay.received[c]))
         if after is not None:
-            with tracing.span("compute", "weights' gradients"):
+            with tracing.span("compute", "weights' gradients"), carveout(job.transport.sms):
                 after(i)
     for pending in going:
         pending.wait()

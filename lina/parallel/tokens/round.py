@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lina import _C, tracing
+from lina.parallel.tokens.carveout import carveout
 from lina.parallel.transport.nccl import stream
 from lina.parallel.transport.peers import Agreed, Peers, peers_of
 
@@ -56,9 +57,9 @@ def _at(tensor: Tensor | None) -> int | None:
 
 
 def overlap(passes: int, leave: Callable[[int], object], compute: Callable[[int], object],
-            back: Callable[[int], object], device: torch.device) -> None:
+            back: Callable[[int], object], device: torch.device, sms: int) -> None:
     """Exchanges of ``passes`` rounds beside what is computed in between: round j + 1 leaves before j
-    is computed, and j goes back before j + 1 is.
+    is computed, and j goes back before j + 1 is. ``sms``: what an exchange takes of the GPU's.
 
     On CUDA several rounds have a stream for their exchanges, on which these follow each other in this one
     order on every rank: each waits, on a part of the SMs, for the same one of the peers. What they read and
@@ -77,7 +78,8 @@ def overlap(passes: int, leave: Callable[[int], object], compute: Callable[[int]
 
     def after(j: int) -> None:
         main.wait_event(arrived[j])
-        compute(j)
+        with carveout(sms):
+            compute(j)
 
     try:
         _take_turns(passes, lambda j: aside(leave, j), after, lambda j: aside(back, j))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
     return _C.Communicator(box[0], rank, size, device.index, name, seconds_of(group), max_ctas)
 
 
+# Over links as slow as these NCCL's exchanges run for as long as the experts beside them, on 2 SMs, of two
+# clusters. Over faster ones they take more SMs, for so short a time that leaving these free costs more.
+_SLOW = 1e11          # bytes a second
+_FEW_SMS = 4
+_PROBE = 32 << 20     # bytes: at 300 GB/s longer than a launch takes
+
 _streams: dict[tuple[int, str], torch.cuda.Stream] = {}
 
 
@@ -86,6 +93,20 @@ class NCCL(Transport):
         ones = [1] * self.size              # connections are made by the first exchange
         self.start("first exchange", spare[0], spare[1], ones, ones).wait()
         self.stream.synchronize()
+        self.sms = _FEW_SMS if self._rate() < _SLOW else 0
+
+    def _rate(self) -> float:
+        """Bytes a second that leave a rank for the others; collective."""
+        part = _PROBE // self.size
+        spare = torch.empty(2, part * self.size, dtype=torch.uint8, device=self.device)
+        ends = []
+        for _ in range(5):
+            self.start("first exchanges", spare[0], spare[1], [part] * self.size, [part] * self.size)
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record(self.stream)
+        self.stream.synchronize()
+        self._check("first exchanges")
+        return part * (self.size - 1) / min(a.elapsed_time(b) / 1e3 for a, b in pairwise(ends))
 
     def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:
         mine = mine.contiguous()

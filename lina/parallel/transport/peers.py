@@ -17,6 +17,7 @@ from lina.parallel.transport.domain import Domain, Mapped
 
 _STEP = 128           # C is a multiple: uneven batches share one layer's agreement
 _TAGS = 255
+_BESIDE = 16          # SMs of an exchange beside experts
 
 
 class _Memory:
@@ -65,8 +66,8 @@ class Peers:
         timeout_s: how long the device waits for a peer; the group's own timeout by default.
         sms: how many of the GPU's SMs an exchange may hold while it waits for peers; by default 3/4 of them,
             or what reductions over peers' memory leave. From 32 MB on one block waits, for all.
-        passes: this is one of so many under way at once, beside experts; by default each may then hold 1/4 of
-            the SMs.
+        passes: this is one of so many under way at once, beside experts; by default each may then hold 16
+            SMs, waiting or not.
         first: that of their first pass. What fails in one then ends the waits of all, within one timeout.
 
     Raises:
@@ -86,7 +87,7 @@ class Peers:
         if not 0 <= sms <= every - gradients or gradients >= every:
             raise ValueError(f"p2p: sms is {sms}, must be 0 (3/4, or what is left) to {every - gradients}: "
                              f"reductions over peers' memory hold {gradients} of the GPU's {every} SMs")
-        usual = share(every) if passes == 1 else max(1, share(every) // 3)
+        usual = share(every) if passes == 1 else min(_BESIDE, share(every))
         self.sms = domain.sms = sms or min(usual, every - gradients)
         self._passes, self._first = passes, first
         self._layers: dict[tuple, Agreed] = {}
@@ -196,7 +197,7 @@ class Peers:
         like = old or (self._first and self._first._buffer)
         mapped = self._domain.map(lambda: _C.peers_make(
             self.rank, self.ep, out_bytes, back_bytes, tokens, self._domain.timeout_s, self.sms,
-            like and like.mapped.handle))
+            self._passes > 1, like and like.mapped.handle))
         memory = _Memory(mapped.handle, _C.peers_rows(mapped.handle), out_bytes)
         with torch.cuda.device(self.device):
             rows = torch.as_tensor(memory, device=self.device)
