@@ -110,11 +110,11 @@ LINA_INLINE void lina_store_double(int dtype, void *to, int64_t n, const double 
 
 /* ---- functions ---- */
 
-/* exp to 2 units in the last place; saturates at exp(-87.3) and exp(88.3), so
- * that 1 / (1 + exp(-x)) stays finite. NaN gives NaN. */
+/* exp to 2 units in the last place; 0 below -87.7, where it is no normal number, and
+ * infinity above 88.37. NaN gives NaN. */
 LINA_INLINE float lina_expf(float x) {
-  x = x < -87.3f ? -87.3f : x;
-  x = x > 88.3f ? 88.3f : x;
+  x = x < -88.0f ? -88.0f : x;                       /* its power of 2 below is 0, */
+  x = x > 89.0f ? 89.0f : x;                         /* and here infinity */
   float shifted = x * 1.44269504f + 12582912.0f;     /* 1.5 * 2^23: rounds to an integer */
   float n = shifted - 12582912.0f;
   float r = x - n * 0.693359375f + n * 2.12194440e-4f;
