@@ -49,7 +49,9 @@ static lina_peers *open_peers(rank_state *s, const lina_peers *with) {
   static unsigned char handles[MAX_RANKS * LINA_PEERS_HANDLE];
   lina_peers *p;
   (void)cudaSetDevice(s->rank);
-  fine(lina_peers_make(&p, s->rank, s->size, 4096, 4096, TOKENS, s->timeout_s, 0, with != NULL, with), "buffers");
+  fine(lina_peers_make(&p, s->rank, s->size, 4096, 4096, TOKENS, s->timeout_s, 0, with != NULL,
+                       with),
+       "buffers");
   if (lina_peers_ranks(p) != s->size) fake_broken("buffers of %d ranks", lina_peers_ranks(p));
   lina_peers_export(p, handles + s->rank * LINA_PEERS_HANDLE);
   meet(s);
@@ -97,9 +99,9 @@ typedef lina_peers_collect_args back_type;
 static void refused_buffers(rank_state *s, int64_t out_bytes, int64_t back_bytes, double timeout_s,
                             const char *text) {
   lina_peers *none = NULL;
-  expect(
-      lina_peers_make(&none, s->rank, s->size, out_bytes, back_bytes, TOKENS, timeout_s, 0, false, NULL),
-      LINA_EINVAL, text, "buffers");
+  expect(lina_peers_make(&none, s->rank, s->size, out_bytes, back_bytes, TOKENS, timeout_s, 0,
+                         false, NULL),
+         LINA_EINVAL, text, "buffers");
   if (none) fake_broken("buffers were made of nothing");
 }
 
