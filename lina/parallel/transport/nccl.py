@@ -53,7 +53,7 @@ def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
 # clusters. Over faster ones they take more SMs, for so short a time that leaving these free costs more.
 _SLOW = 1e11          # bytes a second
 _FEW_SMS = 4
-_PROBE = 32 << 20     # bytes: at 300 GB/s longer than a launch takes
+_PROBE = 16 << 20     # bytes, half of which leave one of two ranks: at 300 GB/s longer than a launch takes
 
 _streams: dict[tuple[int, str], torch.cuda.Stream] = {}
 
