@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+from lina.parallel.tokens import carveout
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -252,3 +255,25 @@ def take_turns(ranks: list[Iterator], seed: int, ahead: Sequence[int] = (1, 3, 4
                 ranks.remove(chosen)
                 break
     raise AssertionError("the ranks wait for each other for ever")
+
+
+class Carveout:
+    """In the place of torch's setting, which it sets too where torch has it; use it ``with``."""
+
+    def __init__(self) -> None:
+        self.value: int | None = None
+        self._torchs = getattr(torch._C, "_set_sm_carveout_experimental", None)
+
+    def set(self, value: int | None) -> None:
+        self.value = value
+        if self._torchs is not None:
+            self._torchs(value)
+
+    def __enter__(self) -> Carveout:
+        self._patch = mock.patch.multiple(carveout, _get=lambda: self.value, _set=self.set)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._patch.stop()
+        self.set(None)

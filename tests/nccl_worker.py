@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,11 @@ def exchange(device) -> None:
         assert both[1].tolist() == [[100 * r + 2 * rank, 100 * r + 2 * rank + 1] for r in range(len(sizes))]
     transport.close()
     assert "closed" in error_of(RuntimeError, transport.comm.check)
+    for rate, sms in ((2e10, 4), (3e11, 0)):         # experts leave SMs to slow links alone
+        with mock.patch.object(nccl.NCCL, "_rate", lambda self, rate=rate: rate):
+            transport = nccl.NCCL(world())
+        assert transport.sms == sms
+        transport.close()
 
 
 def reduction(device) -> None:

@@ -34,7 +34,8 @@ import lina
 
 HERE = Path(__file__).parent
 # A quarter of the time that torch's watchdog leaves for traces before it ends a process; by default 15 s.
-PROMPT = dict.fromkeys(("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "TORCH_FR_WAIT_TIMEOUT_DUMP_MILSEC"), "250")
+PROMPT = {"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250", "TORCH_FR_WAIT_TIMEOUT_DUMP_MILSEC": "250",
+          "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
 
 class Ended(NamedTuple):

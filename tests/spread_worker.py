@@ -17,7 +17,7 @@ from lina.parallel.tokens import spread
 from lina.parallel.transport import carriers
 from lina.parallel.transport.base import gate
 
-from helpers import acc_dtype, assert_within_rounding, float_dtypes
+from helpers import Carveout, acc_dtype, assert_within_rounding, float_dtypes
 
 D, F, K, LOCAL = 5, 6, 3, 2      # D: rows of 10 bytes in bf16, no multiple of 4
 TOKENS = {                       # by rank
@@ -161,23 +161,29 @@ def leaves_sms(device, transport: str = "c10d") -> None:
     given = (*tokens(device, dtype, TOKENS["uneven"][me], experts), experts,
              weights(device, dtype, bias=False, gated=True))
     results(mesh, (3, 3), *given)                       # makes the transport
-    seen: list[int | None] = []
+    setting, seen = Carveout(), []
 
     def noted(call):
         def after(*args):
-            seen.append(torch._C._get_sm_carveout_experimental())
+            seen.append(setting.value)
             return call(*args)
         return after
 
     found = []
     for sms in (0, 4):
-        seen.clear()
-        with mock.patch.object(carriers.transport(mesh), "sms", sms), \
-                mock.patch.object(spread.ops, "sort", noted(spread.ops.sort)), \
-                mock.patch.object(spread, "add_up", noted(spread.add_up)):
-            found.append(results(mesh, (3, 3), *given))
-        assert len(seen) > 4 and set(seen) == {sms or None}, (sms, seen)
-        assert torch._C._get_sm_carveout_experimental() is None
+        none, some = None, sms or None
+        # half of the own rows, all others', which are there and have not left, half of the own; all backward
+        for degree, want in ((3, [some, none, some, *[some] * 3]), (1, [none, some])):
+            seen.clear()
+            with setting, mock.patch.object(carriers.transport(mesh), "sms", sms), \
+                    mock.patch.object(spread.ops, "sort", noted(spread.ops.sort)), \
+                    mock.patch.object(spread, "add_up", noted(spread.add_up)):
+                run = results(mesh, (degree, degree), *given)
+                assert setting.value is None
+            if degree > 1 or transport != "c10d":          # which is another path in one pass
+                assert seen == want, (sms, degree, seen)
+            if degree > 1:
+                found.append(run)
     assert all(map(torch.equal, *([t for t in run if t is not None] for run in found)))
 
 

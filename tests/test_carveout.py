@@ -4,46 +4,60 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
-import torch
 
 from lina.parallel.tokens import carveout as module
 from lina.parallel.tokens.carveout import carveout
 
-get, set_ = torch._C._get_sm_carveout_experimental, torch._C._set_sm_carveout_experimental
+from helpers import Carveout
 
 
-def test_set_and_put_back() -> None:
+@pytest.fixture
+def setting() -> Iterator[Carveout]:
+    with Carveout() as found:
+        yield found
+
+
+def test_set_and_put_back(setting: Carveout) -> None:
     with carveout(0):
-        assert get() is None
+        assert setting.value is None
     with carveout(4):
-        assert get() == 4
+        assert setting.value == 4
         with carveout(2):                    # never less than is asked for outside
-            assert get() == 4
+            assert setting.value == 4
         with carveout(8):
-            assert get() == 8
-        assert get() == 4
-    assert get() is None
+            assert setting.value == 8
+        assert setting.value == 4
+    assert setting.value is None
     with pytest.raises(MemoryError), carveout(4):
         raise MemoryError
-    assert get() is None
+    assert setting.value is None
 
 
-def test_the_users_own_stays() -> None:
-    set_(16)
-    try:
-        with carveout(4):
-            assert get() == 16
-        assert get() == 16
-    finally:
-        set_(None)
+def test_of_two_threads_in_any_order(setting: Carveout) -> None:
+    """The first to come leaves first."""
+    first, second = carveout(8), carveout(4)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert setting.value == 4
+    second.__exit__(None, None, None)
+    assert setting.value is None
 
 
-def test_without_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_own_stays(setting: Carveout) -> None:
+    setting.set(16)
+    with carveout(4):
+        assert setting.value == 16
+    assert setting.value == 16
+
+
+def test_without_the_setting(setting: Carveout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_set", None)
     with carveout(4):
-        assert get() is None
+        assert setting.value is None
 
 
 def test_says_nothing() -> None:

@@ -17,7 +17,7 @@ from lina.parallel.tokens import round as rounds
 from lina.parallel.tokens.p2p import moe
 from lina.parallel.transport.peers import Peers
 
-from helpers import take_turns
+from helpers import Carveout, take_turns
 from ranks import Run, each_scenario, launch
 
 KINDS = ("random", "one", "none")
@@ -108,16 +108,19 @@ def test_exchanges_beside_experts(fails: bool, monkeypatch) -> None:
 
     def compute(j: int) -> None:
         log.append(f"{here[-1].name}: compute {j}")
+        assert setting.value == 3, "the exchange beside it has no SMs"
         if fails:
             raise MemoryError
 
-    with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+    setting = Carveout()
+    with setting, pytest.raises(MemoryError) if fails else contextlib.nullcontext():
         rounds.overlap(2, lambda j: log.append(f"{here[-1].name}: leave {j}"), compute,
-                       lambda j: log.append(f"{here[-1].name}: back {j}"), torch.device("cuda"), 0)
+                       lambda j: log.append(f"{here[-1].name}: back {j}"), torch.device("cuda"), 3)
     before = ["side waits for main", "side: leave 0", "side waits for main", "side: leave 1",
               "main waits for side: leave 0", "main: compute 0"]
     after = ["side waits for main", "side: back 0", "main waits for side: leave 1", "main: compute 1",
              "side waits for main", "side: back 1"]
+    assert setting.value is None
     assert log == before + ([] if fails else after) + ["main waits for side"]
 
 

@@ -95,4 +95,6 @@ def test_the_rest_follows_its_points():
     for n, want in ((10, 9e-3), (100, 9e-3), (200, 7e-3), (400, 3e-3), (700, 2e-3), (1300, 0), (1600, 0)):
         assert line.rest(n, 1) == pytest.approx(want), n
         assert line.rest(n, 3) == pytest.approx(want + 2e-3 + n * 1e-6), n
-    assert line.rest(4000, 1) == pytest.approx(-1e-3 + 2400e-6)
+    assert line.rest(4000, 1) == 0                  # it fell to the last, and falls no further
+    rises = LayerLine(1e-3, 0.0, 0.1, (*points, Point(3200.0, 1e-3, 0, 0)), 0.0, 0.0, (1e-2,) * 4)
+    assert rises.rest(6400, 1) == pytest.approx(1e-3 + 3200 * 2e-3 / 1600) and rises.time(400) == 3e-3

@@ -91,7 +91,7 @@ int lina_peers_make(lina_peers **out, int rank, int ep, int64_t out_bytes, int64
   /* zeros must be there before any peer can write its flag */
   LINA_TRY(lina_peers_cuda(cudaDeviceSynchronize(), "buffer"));
   p->links.sms = sms;
-  p->links.all_sms = beside ? sms : all;
+  p->links.free_sms = beside ? sms : all;
   p->links.ep = ep;
   p->links.rank = rank;
   p->links.timeout_ns = (uint64_t)(timeout_s * 1e9);

@@ -209,7 +209,7 @@ static inline int peers_launch(const char *op, const lina_peers_links *links, in
     run(waiting, PEERS_WHOLE);
     return lina_launched(op);
   }
-  const unsigned all = peers_blocks(links->all_sms, pieces);
+  const unsigned all = peers_blocks(links->free_sms, pieces);
   run(all, PEERS_SEND);
   int rc = lina_launched(op);
   if (rc != LINA_OK) return rc;

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -74,7 +74,7 @@ class LayerLine(Line):
     (tokens * dim * itemsize).
 
     That is no straight line where the host's work shows for few tokens alone: between points it is taken
-    straight from one to the next, below the first as there, and beyond the last by the line's ``beta_s``.
+    straight from one to the next, below the first as there, and beyond the last as between the last two.
 
     Attributes:
         points: of that rest: measured seconds less those of exchanges and experts by their own lines.
@@ -90,18 +90,18 @@ class LayerLine(Line):
     def rest(self, n: float, degree: int) -> float:
         """Seconds beside exchanges and experts of a layer of ``n`` bytes in ``degree`` passes."""
         more = (degree - 1) * self.pass_s + n * self.overlap_s if degree > 1 else 0.0
-        return max(0.0, self._alone(n)) + more
+        return self.time(n) + more
 
-    def _alone(self, n: float) -> float:
+    def time(self, n: float) -> float:
+        """The rest in one pass; never negative."""
         points = sorted(self.points, key=lambda p: p.n)
-        if not points:
+        if len(points) < 2:
             return self.alpha_s + n * self.beta_s
         if n <= points[0].n:
-            return points[0].time_s
-        for p, q in pairwise(points):
-            if n <= q.n:
-                return p.time_s + (n - p.n) / (q.n - p.n) * (q.time_s - p.time_s)
-        return points[-1].time_s + (n - points[-1].n) * self.beta_s
+            return max(0.0, points[0].time_s)
+        p, q = next(((p, q) for p, q in pairwise(points) if n <= q.n), points[-2:])
+        slope = (q.time_s - p.time_s) / (q.n - p.n)
+        return max(0.0, q.time_s + (n - q.n) * (slope if n <= q.n else max(0.0, slope)))
 
     @property
     def off(self) -> float:
@@ -158,6 +158,8 @@ def read_line(value: dict[str, Any]) -> Line:
     points = tuple(Point(*(float(p[name]) for name in ("n", "time_s", "low_s", "high_s")))
                    for p in value["points"])
     line = Line(float(value["alpha_s"]), float(value["beta_s"]), float(value["r2"]), points)
+    if not all(math.isfinite(number) for p in points for number in astuple(p)):
+        raise ValueError("a point that is not finite")
     if not (0 <= line.alpha_s < math.inf and 0 <= line.beta_s < math.inf):
         raise ValueError(f"alpha {line.alpha_s} s, beta {line.beta_s} s, must be finite and not negative")
     return line

@@ -81,19 +81,22 @@ def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width:
         got = rows.new_empty(sum(lay.received[c]), width)
         coming.append((start(labels[0], c, got, rows, lay.received[c], lay.sent[c]), got))
     going: list[Pending] = []
+    left = lay.chunks                      # of them to come
     for i, part in enumerate(lay.parts):
         arrived = None
         if part.chunk:
             pending, arrived = coming[part.chunk[0]]
             pending.wait()
+            left -= 1
         name = "experts backward" if "backward" in labels[0] else "experts"
-        with tracing.span("compute", name), carveout(job.transport.sms):
+        with tracing.span("compute", name), carveout(job.transport.sms if left or going else 0):
             result = compute(i, arrived)
         if part.chunk and back is not None and result is not None:
             c = part.chunk[0]
             going.append(start(labels[1], c, back[lay.sent_rows(c)], result, lay.sent[c], lay.received[c]))
         if after is not None:
-            with tracing.span("compute", "weights' gradients"), carveout(job.transport.sms):
+            sms = job.transport.sms if left or going else 0
+            with tracing.span("compute", "weights' gradients"), carveout(sms):
                 after(i)
     for pending in going:
         pending.wait()

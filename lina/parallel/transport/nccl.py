@@ -51,9 +51,9 @@ def communicator(name: str, group: dist.ProcessGroup, device: torch.device, *,
 
 # Over links as slow as these NCCL's exchanges run for as long as the experts beside them, on 2 SMs, of two
 # clusters. Over faster ones they take more SMs, for so short a time that leaving these free costs more.
-_SLOW = 1e11          # bytes a second
+_SLOW_BYTES_S = 1e11
 _FEW_SMS = 4
-_PROBE = 16 << 20     # bytes, half of which leave one of two ranks: at 300 GB/s longer than a launch takes
+_PROBE_BYTES = 16 << 20     # half of which leave one of two ranks: at 300 GB/s longer than a launch takes
 
 _streams: dict[tuple[int, str], torch.cuda.Stream] = {}
 
@@ -93,11 +93,11 @@ class NCCL(Transport):
         ones = [1] * self.size              # connections are made by the first exchange
         self.start("first exchange", spare[0], spare[1], ones, ones).wait()
         self.stream.synchronize()
-        self.sms = _FEW_SMS if self._rate() < _SLOW else 0
+        self.sms = _FEW_SMS if self._rate() < _SLOW_BYTES_S else 0
 
     def _rate(self) -> float:
         """Bytes a second that leave a rank for the others; collective."""
-        part = _PROBE // self.size
+        part = _PROBE_BYTES // self.size
         spare = torch.empty(2, part * self.size, dtype=torch.uint8, device=self.device)
         ends = []
         for _ in range(5):
