@@ -58,8 +58,10 @@ void opened(rank_state *s);
 rank_function never_lowered, bad_arguments, cuda_fails, captured, slow, one_connection;
 rank_function peers_limits, peers_turns, peers_dropped;
 
-/* A communicator that is freed right before the process ends, and takes its time. */
+/* A communicator that is freed right before the process ends, with work in flight that takes its time,
+ * as its abort does; and that both have ended, for an exit handler. */
 void freed_last(void);
+void ended_in_order(void);
 
 /* Scenario i of fuzz_comm_faults.c; its name. */
 int fault_count(void);

@@ -109,7 +109,7 @@ static void does_not_return(rank_state *s) {
   meet(s);
 }
 
-/* with_ranks frees: at once, with work in flight for which a rank is missing. */
+/* with_ranks frees, with work in flight for which a rank is missing: the watch ends it. */
 static void freed_busy(rank_state *s) {
   opened(s);
   if (s->rank > 0) {
@@ -119,6 +119,27 @@ static void freed_busy(rank_state *s) {
   }
   if (s->rank == 1) fake_sleep(0.05);
   lina_comm_free(NULL);
+}
+
+/* A rank has issued its last exchange, and drops the communicator before the others' streams have
+ * come to it: they get its bytes all the same. */
+static void freed_ahead(rank_state *s) {
+  opened(s);
+  memset(s->memory, 1 + s->rank, 1024);
+  memset(s->memory + 1024, 0, 1024);
+  meet(s);
+  if (s->rank == 0) fake_push(s->a2a, late, NULL);
+  fine(exchange(s, LINA_A2A_RAISE), "an exchange");
+  if (s->rank == 1) {
+    lina_comm_free(s->tokens);
+    s->tokens = NULL;
+  } else {
+    drain(s, "after the last exchange");
+    fine(lina_comm_check(s->tokens), "a communicator that another rank has dropped");
+    for (int i = 0; i < 512; i++)
+      if (s->memory[1024 + i] != 1 + i / 256) fake_broken("byte %d is %d", i, s->memory[1024 + i]);
+  }
+  meet(s);
 }
 
 static void *exchange_on_a_thread(void *argument) {
@@ -197,7 +218,8 @@ static const struct {
     {"NCCL reports an error", reports, 2, 20},
     {"NCCL refuses a call", refuses, 2, 20},
     {"a call of NCCL does not return", does_not_return, 2, 0.9},
-    {"freed while busy", freed_busy, 4, 20},
+    {"freed while busy", freed_busy, 4, 0.8},
+    {"freed ahead of the others", freed_ahead, 2, 3},
     {"freed in a call of another thread", freed_in_call, 2, 20},
     {"the driver blocks a call", driver_blocks, 2, 0.8},
     {"closed under several threads", closed_under_threads, 2, 20},

@@ -16,6 +16,7 @@ from lina.parallel.transport import nccl
 
 WORLD_TIMEOUT_S = 8
 LINK = (20e-6, 1 / 250e9)
+CYCLES = 1.7e9              # a second that a GPU surely makes
 HELD_S = 0.2                # not yet as long as the host's watch lets gradients wait
 
 
@@ -58,6 +59,33 @@ def exchange(device) -> None:
             transport = nccl.NCCL(world())
         assert transport.sms == sms
         transport.close()
+
+
+def dropped(device) -> None:
+    """A rank that is ahead drops its transport: what it has queued still reaches the other, and is right."""
+    rank = dist.get_rank()
+    for size in (1000, 1 << 22):
+        transport = nccl.NCCL(world())
+        draw = torch.Generator().manual_seed(size)
+        sent = torch.randint(256, (size,), dtype=torch.uint8, generator=draw).to(device)
+        nothing, got, back = sent[:0], torch.zeros_like(sent), torch.zeros_like(sent)
+        torch.cuda.synchronize()
+        dist.barrier()
+        if rank == 0:
+            torch.cuda._sleep(int(0.3 * CYCLES))
+            pending = transport.start("out", nothing, sent, [0, 0], [0, size])
+            pending.wait()
+            pending = transport.start("back", back, nothing, [0, size], [0, 0])
+            pending.wait()
+        else:
+            pending = transport.start("out", got, nothing, [size, 0], [0, 0])
+            pending.wait()
+            pending = transport.start("back", nothing, got.clone(), [0, 0], [size, 0])
+            pending.wait()
+        del transport, pending                     # by rank 1 while rank 0 sleeps
+        assert rank == 0 or torch.equal(got, sent)
+        assert rank == 1 or torch.equal(back, sent)
+        dist.barrier()
 
 
 def reduction(device) -> None:

@@ -14,7 +14,7 @@ from lina.parallel.transport import nccl
 
 from ranks import Run, each_scenario, launch, results
 
-SCENARIOS = ["exchange", "reduction", "priority", "interleaved", "misuse"]
+SCENARIOS = ["exchange", "dropped", "reduction", "priority", "interleaved", "misuse"]
 
 
 @each_scenario(Run("nccl_worker", SCENARIOS, 2, "nccl"))

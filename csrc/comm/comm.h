@@ -8,7 +8,8 @@
  * stands still for `timeout_s` while operations are outstanding, or NCCL reports
  * an error, the watch thread aborts the communicator and releases every stream
  * that waits for a priority word; from then on every call returns LINA_EPEER with
- * the reason. What was in flight then holds unspecified values.
+ * the reason. What was in flight then holds unspecified values. The end of the process waits some
+ * seconds for what is in flight, and aborts the rest.
  *
  * Captured in a CUDA graph, operations replay, uncounted.
  * Errors: LINA_EINVAL, LINA_ENCCL (NCCL's own text), LINA_EPEER, LINA_ECUDA.
@@ -45,7 +46,9 @@ int lina_comm_create(lina_comm **out, const lina_comm_options *options,
  * LINA_EPEER; waits for the one that runs. */
 void lina_comm_close(lina_comm *comm);
 
-/* Closes it too. No call may follow, nor may more than one be going on. NULL is fine. */
+/* Drops it: what is in flight ends first, for other ranks wait for it, and the watch thread looks on
+ * as before; then it is closed. At once where it failed or was closed, or a call is going on: one at
+ * most may be, and none may follow. NULL is fine. */
 void lina_comm_free(lina_comm *comm);
 
 /* LINA_OK, or LINA_EPEER with the reason. */

@@ -1,4 +1,4 @@
-/* comm_private.h - a communicator's inside, for comm.c and comm_run.c alone. */
+/* comm_private.h - a communicator's inside, for comm.c, comm_end.c and comm_run.c alone. */
 #ifndef LINA_COMM_COMM_PRIVATE_H
 #define LINA_COMM_COMM_PRIVATE_H
 
@@ -7,6 +7,8 @@
 
 #include "../nccl_abi.h"
 #include "comm.h"
+
+#define LINA_COMM_CLOSED "closed by another thread"
 
 /* Where the thread is that has a communicator's turn; outlives it with an abort that waits. */
 enum lina_comm_stage { LINA_COMM_OUTSIDE, LINA_COMM_INSIDE, LINA_COMM_MAY_WAIT };
@@ -22,14 +24,15 @@ struct lina_comm {
    * have it and abort what such a call waits for. */
   pthread_mutex_t order, lock;
   lina_comm_turn *turn;
-  _Atomic bool failed, closing;
+  _Atomic bool failed, closing, dropped;
   char reason[512];                  /* written once, before `failed` */
   /* Progress: operations issued, and ended as the stream counts them. */
   _Atomic uint32_t issued;
   _Atomic uint32_t *done;
   uint32_t *done_on_device;
-  uint32_t seen;                     /* the watch thread's */
+  uint32_t seen;                     /* the watch thread's, to the end */
   double progress_s;
+  int quiet;                         /* its rounds in which nothing was in flight */
   lina_comm *next;
 };
 
@@ -37,6 +40,16 @@ struct lina_comm {
  * LINA_EPEER, without a text: they have not come within timeout_s. */
 int lina_comm_join(const lina_comm_options *options, const char id[LINA_COMM_ID_BYTES],
                    lina_nccl_comm *nccl, int *code);
+
+/* Has the watch look after it from now on. */
+int lina_comm_watched(lina_comm *c);
+
+/* `c->lock` being held: for the first reason, aborts what is in flight; every call refuses then. */
+void lina_comm_fail(lina_comm *c, const char *reason);
+void lina_comm_fail_by_nccl(lina_comm *c, int code);
+
+/* Closes and frees, at once. */
+void lina_comm_destroy(lina_comm *c);
 
 /* An operation of one or more of NCCL's begins, if the communicator has not failed. */
 int lina_comm_begin(lina_comm *c);
