@@ -164,8 +164,10 @@ static void close_dropped(bool every) {
  * not waits for a rank that does not come, and the driver would wait for it in turn. */
 static void end_of_process(double now_s) {
   const struct timespec nap = {0, 200000};
-  lina_priority_watch(now_s, true);
-  while (busy(false) && lina_watch_now() - now_s < DRAIN_S) nanosleep(&nap, NULL);
+  while (busy(false) && lina_watch_now() - now_s < DRAIN_S) {
+    lina_priority_watch(lina_watch_now(), true); /* nobody else releases them any more */
+    nanosleep(&nap, NULL);
+  }
   (void)busy(true);
   close_dropped(true);
   now_s = lina_watch_now();
