@@ -83,11 +83,7 @@ static PyObject *close_comm(PyObject *self, PyObject *unused) {
 static void dealloc(PyObject *self) {
   PyTypeObject *type = Py_TYPE(self);
   communicator *c = (communicator *)self;
-  if (c->comm && !c->closed) {
-    PyThreadState *python = PyEval_SaveThread();
-    lina_comm_free(c->comm); /* not closed: other ranks wait for what is in flight */
-    PyEval_RestoreThread(python);
-  }
+  if (!c->closed) lina_comm_free(c->comm); /* not close: others wait for what is in flight */
   lina_policy_free(&c->policy);
   ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
   Py_DECREF(type);

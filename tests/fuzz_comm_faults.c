@@ -127,6 +127,7 @@ static void freed_ahead(rank_state *s) {
   opened(s);
   memset(s->memory, 1 + s->rank, 1024);
   memset(s->memory + 1024, 0, 1024);
+  fake_sleep(0.1); /* rounds in which nothing is in flight, before it is dropped */
   meet(s);
   if (s->rank == 0) fake_push(s->a2a, late, NULL);
   fine(exchange(s, LINA_A2A_RAISE), "an exchange");

@@ -109,20 +109,26 @@ int lina_comm_take(lina_comm *c, lina_nccl_comm *nccl) {
 
 void lina_comm_may_wait(lina_comm *c) { atomic_store(&c->turn->stage, LINA_COMM_MAY_WAIT); }
 
-int lina_comm_took(lina_comm *c, int code, void *stream) {
+/* An operation that `stream` has been given; one that is captured could not count on in replays. */
+static int count(lina_comm *c, void *stream) {
   enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  atomic_store(&c->turn->stage, LINA_COMM_OUTSIDE);
-  int rc = code == LINA_NCCL_SUCCESS ? lina_comm_check(c) : refused(c, code);
-  if (rc != LINA_OK) return rc;
   if (cudaStreamIsCapturing((cudaStream_t)stream, &capture) != cudaSuccess)
     return lina_error(LINA_ECUDA, "%s: not a stream of device %d", c->options.name,
                       c->options.device);
-  if (capture != cudaStreamCaptureStatusNone) return LINA_OK; /* a replay could not count on */
+  if (capture != cudaStreamCaptureStatusNone) return LINA_OK;
   /* Said first: the write may block the thread, and then must not look like idleness. */
-  uint32_t count = atomic_load(&c->issued) + 1;
-  atomic_store(&c->issued, count);
-  rc = lina_memop_write(stream, c->done_on_device, count);
-  if (rc != LINA_OK) atomic_store(&c->issued, count - 1);
+  uint32_t issued = atomic_load(&c->issued) + 1;
+  atomic_store(&c->issued, issued);
+  int rc = lina_memop_write(stream, c->done_on_device, issued);
+  if (rc != LINA_OK) atomic_store(&c->issued, issued - 1);
+  return rc;
+}
+
+int lina_comm_took(lina_comm *c, int code, void *stream) {
+  lina_comm_may_wait(c); /* NCCL is done with; outside only once it is counted */
+  int rc = code == LINA_NCCL_SUCCESS ? lina_comm_check(c) : refused(c, code);
+  if (rc == LINA_OK) rc = count(c, stream);
+  atomic_store(&c->turn->stage, LINA_COMM_OUTSIDE);
   return rc;
 }
 #else

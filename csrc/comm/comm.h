@@ -11,7 +11,9 @@
  * the reason. What was in flight then holds unspecified values. The end of the process waits some
  * seconds for what is in flight, and aborts the rest.
  *
- * Captured in a CUDA graph, operations replay, uncounted.
+ * Captured in a CUDA graph, operations replay, uncounted: nothing here waits for a replay, so
+ * what holds the graph keeps the communicator too. Over a network bytes count as sent once NCCL's
+ * own threads have them; a rank that comes for them long after this one went may not get them.
  * Errors: LINA_EINVAL, LINA_ENCCL (NCCL's own text), LINA_EPEER, LINA_ECUDA.
  */
 #ifndef LINA_COMM_COMM_H

@@ -26,6 +26,9 @@ static _Atomic int aborts; /* under way */
 #define ABORTS_S 2.0 /* and then for aborts; a graph holds one up */
 enum { QUIET = 5 };  /* rounds of the watch without work, after which a dropped one is closed */
 
+/* Of an operation whose kernels have ended NCCL's own threads may still be sending the last bytes. */
+static const struct timespec moment = {0, 50000000};
+
 static void leave_turn(lina_comm_turn *turn) {
   if (atomic_fetch_sub(&turn->users, 1) == 1) free(turn);
 }
@@ -36,10 +39,9 @@ typedef struct {
 } aborting;
 
 /* NCCL may not be aborted under a thread that hands it parts of an operation, which takes
- * microseconds; one that waits inside NCCL is what an abort is to end. Of an operation whose kernels
- * have ended NCCL's own threads may still be sending the last bytes: hence the moment. */
+ * microseconds; one that waits inside NCCL is what an abort is to end. */
 static void *abort_comm(void *argument) {
-  const struct timespec nap = {0, 1000000}, moment = {0, 50000000};
+  const struct timespec nap = {0, 1000000};
   aborting *a = argument;
   double start = lina_watch_now();
   while (atomic_load(&a->turn->stage) == LINA_COMM_INSIDE && lina_watch_now() - start < INSIDE_S)
@@ -106,8 +108,9 @@ static bool in_flight(lina_comm *c) {
 static void watch_one(lina_comm *c, double now_s) {
   int state = LINA_NCCL_SUCCESS;
   uint32_t done = atomic_load(c->done);
+  bool dropped = atomic_load(&c->dropped); /* first: nothing is issued after it */
   bool idle = !in_flight(c);
-  c->quiet = idle ? c->quiet + 1 : 0;
+  c->quiet = dropped && idle ? c->quiet + 1 : 0;
   if (atomic_load(&c->failed)) return;
   if (idle || done != c->seen) c->seen = done, c->progress_s = now_s;
   /* NCCL's own state is asked for only while something is outstanding for long. */
@@ -169,6 +172,7 @@ static void end_of_process(double now_s) {
     nanosleep(&nap, NULL);
   }
   (void)busy(true);
+  nanosleep(&moment, NULL); /* as above */
   close_dropped(true);
   now_s = lina_watch_now();
   while (atomic_load(&aborts) > 0 && lina_watch_now() - now_s < ABORTS_S) nanosleep(&nap, NULL);

@@ -32,7 +32,7 @@ struct lina_comm {
   uint32_t *done_on_device;
   uint32_t seen;                     /* the watch thread's, to the end */
   double progress_s;
-  int quiet;                         /* its rounds in which nothing was in flight */
+  int quiet;                         /* its rounds since it was dropped and idle */
   lina_comm *next;
 };
 
