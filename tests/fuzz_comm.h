@@ -55,6 +55,9 @@ void meet(rank_state *s);
 /* Makes the communicators and shows that they work. */
 void opened(rank_state *s);
 
+/* For a stream: so many seconds, a double. */
+void late(fake_stream *s, void *seconds);
+
 rank_function never_lowered, bad_arguments, cuda_fails, captured, slow, one_connection;
 rank_function peers_limits, peers_turns, peers_dropped;
 

@@ -123,22 +123,18 @@ void one_connection(rank_state *s) {
 
 static char last_bytes[2][256];
 
-static void late(fake_stream *s, void *unused) {
-  (void)s, (void)unused;
-  fake_sleep(0.3);
-}
-
 void freed_last(void) {
   char id[LINA_COMM_ID_BYTES];
   const lina_comm_options o = {"last", 0, 1, 0, PATIENCE_S, 0};
   const int64_t bytes[] = {sizeof last_bytes[0]};
   const lina_all_to_all a = {last_bytes[0], last_bytes[1], bytes, bytes};
+  static double longer_than_an_abort = 0.3;
   lina_comm *c = NULL;
   fake_stream *stream = fake_stream_new(0);
   fine(lina_comm_id(id), "an id");
   fine(lina_comm_create(&c, &o, id), "a communicator");
   memset(last_bytes[0], 7, sizeof last_bytes[0]);
-  fake_push(stream, late, NULL);
+  fake_push(stream, late, &longer_than_an_abort);
   fine(lina_comm_all_to_all(c, &a, 0, stream), "an exchange");
   fake_break(0, FAKE_SLOW_ABORT);
   lina_comm_free(c);

@@ -9,6 +9,8 @@
 #include "comm/priority.h"
 #include "error.h"
 
+static double lateness = 0.1;
+
 /* Within timeout_s of `since_s`, and then for good: the calls too, and the streams go on. */
 static void must_fail(rank_state *s, lina_comm *c, double since_s, const char *words) {
   double limit_s = s->timeout_s + FUZZ_MARGIN_S;
@@ -66,11 +68,6 @@ static void reports(rank_state *s) {
   meet(s);
 }
 
-static void late(fake_stream *s, void *unused) {
-  (void)s, (void)unused;
-  fake_sleep(0.1);
-}
-
 /* What was raised for an exchange that NCCL refused is lowered all the same, though the
  * stream comes to it only after the failure. */
 static void refuses(rank_state *s) {
@@ -78,7 +75,7 @@ static void refuses(rank_state *s) {
   uint32_t word = 1;
   opened(s);
   if (s->rank == 0) {
-    fake_push(s->a2a, late, NULL);
+    fake_push(s->a2a, late, &lateness);
     fake_break(0, FAKE_COLLECTIVE);
     expect(exchange(s, LINA_A2A_RAISE), LINA_EPEER, "NCCL: fake NCCL error", "an exchange");
     drain(s, "after an exchange that NCCL refused");
@@ -129,7 +126,7 @@ static void freed_ahead(rank_state *s) {
   memset(s->memory + 1024, 0, 1024);
   fake_sleep(0.1); /* rounds in which nothing is in flight, before it is dropped */
   meet(s);
-  if (s->rank == 0) fake_push(s->a2a, late, NULL);
+  if (s->rank == 0) fake_push(s->a2a, late, &lateness);
   fine(exchange(s, LINA_A2A_RAISE), "an exchange");
   if (s->rank == 1) {
     lina_comm_free(s->tokens);

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from faults_worker import CYCLES
 from parallel_worker import error_of, everyone
 
 from lina import _C
@@ -16,7 +17,6 @@ from lina.parallel.transport import nccl
 
 WORLD_TIMEOUT_S = 8
 LINK = (20e-6, 1 / 250e9)
-CYCLES = 1.7e9              # a second that a GPU surely makes
 HELD_S = 0.2                # not yet as long as the host's watch lets gradients wait
 
 

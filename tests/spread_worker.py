@@ -149,8 +149,8 @@ def repeats(device, transport: str = "c10d") -> None:
         with torch.autocast(device.type, torch.bfloat16):
             got = parallel.moe(wide[0], weight.float(), expert, *wide[1:3], experts=experts, mesh=mesh,
                                b_up=wide[3], b_down=wide[4])
-    other = got != want
-    assert got.dtype == torch.bfloat16 and not other.any(), (other.nonzero(), got[other], want[other])
+    # torch.equal does not wait for a rank without tokens, which leaves here while others' rows travel
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want), (got, want)
 
 
 def leaves_sms(device, transport: str = "c10d") -> None:

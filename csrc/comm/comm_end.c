@@ -144,23 +144,18 @@ static bool busy(bool fails) {
   return found;
 }
 
-/* Those that were dropped and are done, or all that were dropped. */
-static void close_dropped(bool every) {
-  lina_comm *ended = NULL, *c;
+/* One that was dropped and is done, or any that was dropped; NULL if there is none. */
+static lina_comm *over(bool any) {
   pthread_mutex_lock(&list);
-  for (lina_comm **at = &all; (c = *at);) {
-    if (atomic_load(&c->dropped) && (every || c->quiet >= QUIET || atomic_load(&c->failed))) {
-      *at = c->next;
-      c->next = ended, ended = c;
-    } else {
-      at = &c->next;
-    }
-  }
+  lina_comm *c = all;
+  while (c && !(atomic_load(&c->dropped) && (any || c->quiet >= QUIET || atomic_load(&c->failed))))
+    c = c->next;
   pthread_mutex_unlock(&list);
-  while ((c = ended)) {
-    ended = c->next;
-    lina_comm_destroy(c);
-  }
+  return c; /* nobody else frees it */
+}
+
+static void close_dropped(bool every) {
+  for (lina_comm *c; (c = over(every));) lina_comm_destroy(c);
 }
 
 /* Before the driver and NCCL go: other ranks wait for what is in flight, so it may end; what does
@@ -172,7 +167,7 @@ static void end_of_process(double now_s) {
     nanosleep(&nap, NULL);
   }
   (void)busy(true);
-  nanosleep(&moment, NULL); /* as above */
+  nanosleep(&moment, NULL); /* for those that nobody aborts */
   close_dropped(true);
   now_s = lina_watch_now();
   while (atomic_load(&aborts) > 0 && lina_watch_now() - now_s < ABORTS_S) nanosleep(&nap, NULL);

@@ -102,7 +102,7 @@ typedef struct {
 
 typedef struct {
   int ep, rank;
-  int sms, free_sms;                      /* SMs for blocks that wait; that do not */
+  int sms, free_sms;                     /* SMs for blocks that wait; that do not */
   uint32_t tag;                          /* 0..254: which layer's shapes, agreed */
   uint64_t timeout_ns;
   char *buffer[LINA_PEERS_MAX];          /* as mapped here; [rank] is this rank's own */

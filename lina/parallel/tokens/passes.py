@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,10 @@ def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width:
         coming.append((start(labels[0], c, got, rows, lay.received[c], lay.sent[c]), got))
     going: list[Pending] = []
     left = lay.chunks                      # of them to come
+
+    def beside() -> AbstractContextManager[None]:
+        return carveout(job.transport.sms if left or going else 0)
+
     for i, part in enumerate(lay.parts):
         arrived = None
         if part.chunk:
@@ -89,14 +94,13 @@ def run(job: Job, lay: Layout, labels: tuple[str, str], outgoing: Tensor, width:
             pending.wait()
             left -= 1
         name = "experts backward" if "backward" in labels[0] else "experts"
-        with tracing.span("compute", name), carveout(job.transport.sms if left or going else 0):
+        with tracing.span("compute", name), beside():
             result = compute(i, arrived)
         if part.chunk and back is not None and result is not None:
             c = part.chunk[0]
             going.append(start(labels[1], c, back[lay.sent_rows(c)], result, lay.sent[c], lay.received[c]))
         if after is not None:
-            sms = job.transport.sms if left or going else 0
-            with tracing.span("compute", "weights' gradients"), carveout(sms):
+            with tracing.span("compute", "weights' gradients"), beside():
                 after(i)
     for pending in going:
         pending.wait()
