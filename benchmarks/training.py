@@ -282,9 +282,10 @@ def hidden_by_kernels(trainer: Trainer) -> float | None:
         if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith(("Mem", "gpu_")):
             continue
         span = event.time_range.start / 1e6, event.time_range.end / 1e6
-        if any(name in event.name.lower() for name in ("sendrecv", "alltoall", "peers_")):
+        name = event.name.lower()
+        if any(word in name for word in ("sendrecv", "alltoall", "peers_dispatch", "peers_collect")):
             a2a.append(span)
-        elif not event.name.startswith("nccl"):
+        elif "peers_reduce" not in name and not name.startswith("nccl"):
             compute.append(span)
     a2a = union(a2a)
     return _share(length(a2a), length(subtract(a2a, union(compute))), trainer.device)

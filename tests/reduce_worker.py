@@ -181,7 +181,8 @@ def timed(device, reducer: PeerReducer, flat: torch.Tensor, hold_s: float) -> fl
 
 
 def gives_way(device, scatter: str) -> None:
-    """A kernel that runs pauses while the word is raised, here for 20 ms, on every rank or on one."""
+    """A kernel that runs gives way while the word is raised, here for 20 ms, on every rank or on one; on
+    every rank it leaves the SMs."""
     reducer = PeerReducer(dist.group.WORLD, scatter=scatters(scatter), timeout_s=10)
     flat = values(device, 1 << 28, torch.float32, 0)             # 1 GiB: 2 ms at the links' 450 GB/s and more
     want = expected(flat[:100_000], True)
@@ -193,6 +194,11 @@ def gives_way(device, scatter: str) -> None:
         wrong.append(check(flat[:100_000], want, f"held by {holders}"))
         if not 0.018 <= held < free + 0.06:
             wrong.append(f"held by {holders} for 20 ms it took {held * 1e3:.2f} ms, free {free * 1e3:.2f} ms")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        timed(device, reducer, flat, 0.02)
+    on_sms = sum(e.time_range.elapsed_us() for e in profiler.events() if "peers_reduce" in e.name) * 1e-6
+    if not 0 < on_sms < free + 0.01:
+        wrong.append(f"held for 20 ms its kernels took {on_sms * 1e3:.2f} ms, free {free * 1e3:.2f} ms")
     print(f"gives way: free {free * 1e3:.3f} ms, held {held * 1e3:.3f} ms", flush=True)
     reducer.close()
     settle(wrong)

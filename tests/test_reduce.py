@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,11 +64,21 @@ class Rank:
         self.flag = {(phase, s): 0 for phase in range(2) for s in range(world)}
 
 
-def model_of_rank(me: int, ranks: list[Rank], depth: int, slots: int, scatter: bool) -> Iterator[None]:
+def model_of_rank(me: int, ranks: list[Rank], depth: int, slots: int, scatter: bool,
+                  leaves: random.Random) -> Iterator[None]:
     """Tiles are numbered from 1 on; yields wherever another rank may come between. In a step the kernel
-    sends and waits at once: sent first, as here, it knows least of its peers."""
+    sends and waits at once: sent first, as here, it knows least of its peers. Sometimes it leaves there, and
+    does the step again."""
     others = [r for r in range(len(ranks)) if r != me]
     start = 0
+
+    def flags(number: int, here: list[bool]) -> Iterator[None]:
+        for r in others:
+            if here[0]:
+                ranks[r].flag[0, me] = number
+            yield
+            if scatter and here[1]:
+                ranks[r].flag[1, me] = number - depth
 
     def put(phase: int, number: int) -> Iterator[None]:
         for r in others:
@@ -86,9 +97,15 @@ def model_of_rank(me: int, ranks: list[Rank], depth: int, slots: int, scatter: b
     for tiles in CALLS:
         for step in range(tiles + (2 if scatter else 1) * depth):
             number, summed, taken = (start + 1 + step - lag for lag in (0, depth, 2 * depth))
-            here = [start < n <= start + tiles for n in (number, summed, taken)]
-            if here[0]:
-                yield from put(0, number)
+            before, here = ([start < n <= start + tiles for n in (number - ago, summed - ago, taken)]
+                            for ago in (1, 0))
+            while True:
+                if here[0]:
+                    yield from put(0, number)
+                if leaves.random() < 0.8:
+                    break
+                yield
+                yield from flags(number - 1, before)
             for r in others:
                 while here[1] and ranks[me].flag[0, r] < summed:
                     yield
@@ -100,18 +117,14 @@ def model_of_rank(me: int, ranks: list[Rank], depth: int, slots: int, scatter: b
                     yield from put(1, summed)
             if scatter and here[2]:
                 yield from take(1, taken)
-            for r in others:
-                if here[0]:
-                    ranks[r].flag[0, me] = number
-                yield
-                if scatter and here[1]:
-                    ranks[r].flag[1, me] = summed
+            yield from flags(number, here)
         start += tiles
 
 
 def run_model(seed: int, world: int, scatter: bool, depth: int = DEPTH, slots: int = SLOTS) -> None:
     ranks = [Rank(world, slots) for _ in range(world)]
-    take_turns([model_of_rank(r, ranks, depth, slots, scatter) for r in range(world)], seed, (1, 5, 200))
+    take_turns([model_of_rank(r, ranks, depth, slots, scatter, random.Random(world * seed + r))
+                for r in range(world)], seed, (1, 5, 200))
 
 
 @pytest.mark.parametrize("world,scatter", [(2, False), (2, True), (3, True)])

@@ -17,8 +17,8 @@
 int lina_peers_reduce_make(lina_peers **out, int rank, int ep, int blocks, int64_t tile_bytes,
                            bool scatter, double timeout_s);
 
-/* Fills in links, and with `gently` priority and hold_ns; checks the rest; launches. The
- * stream waits for the device's priority word first, so that a paused start holds no SM. */
+/* Fills in links, turn, leaves, and with `gently` priority and hold_ns; checks the rest; launches
+ * every turn. The stream waits for the device's priority word before each: pauses hold no SM. */
 int lina_peers_reduce(lina_peers *p, lina_peers_reduce_args *a, bool gently, void *stream);
 
 #endif

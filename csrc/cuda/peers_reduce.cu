@@ -143,50 +143,71 @@ template <class T, bool SCATTER>
 static __global__ void __launch_bounds__(THREADS, 1)
     peers_reduce(const __grid_constant__ Args a, const __grid_constant__ Plan p) {
   __shared__ uint64_t first;
-  __shared__ int failed;
+  __shared__ uint32_t begun;
+  __shared__ int failed, leaving;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = (int)threadIdx.x - 64;
   const int size = (SCATTER ? a.links.ep : 1) << p.part; /* of a tile */
   const unsigned mine = (p.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
   const unsigned steps = mine + (SCATTER ? 2 : 1) * DEPTH;
   if (threadIdx.x == 0) {
     first = *first_tile(a);
+    begun = a.turn ? *left_at(a) : 0;
     failed = peers_read_failed(a.links.state) != 0;
+    leaving = 0;
+    if (a.turn) tell(a, a.turn - 1, 0); /* that raise is over */
   }
   __syncthreads();
-  bool lost = failed; /* read between a step's barriers alone, where nobody writes it */
+  if (begun == DONE) return;
+  bool lost = failed, left = false; /* both change between a step's barriers alone */
   /* as many as a peer may send unheard, or a longer call of a peer would look like a later one */
   const uint64_t start = first, end = start + (mine > DEPTH ? mine : DEPTH);
   bool gives_way = a.priority != NULL;
-  uint32_t raised = warp == 1 && lane == 0 && gives_way ? read_word(a) : 0;
+  bool itself = false;
+  uint32_t raised = 0;
+  /* in each step another block reads the word itself */
+  const auto look = [&](unsigned step) {
+    itself = step % gridDim.x == blockIdx.x;
+    raised = read_word(a, itself);
+  };
+  if (warp == 1 && lane == 0 && gives_way) look(begun);
   const auto span = [&](unsigned tile) {
     return Span<T>(a, p, (int64_t)(blockIdx.x + tile * gridDim.x) * size, size);
   };
 
-  for (unsigned s = 0; s < steps && !lost; s++) {
+  unsigned s = begun;
+  for (; s < steps && !lost; s++) {
     /* below `mine`, or not in this step */
     const unsigned summed = s - DEPTH, taken = s - 2 * DEPTH;
     if (warp == 0) {
-      if (s > 0) { /* what the step before has sent */
+      if (s > 0) { /* what the step before has sent; once more, if the turn before left here */
         const unsigned sent = lane < LINA_PEERS_MAX ? s - 1 : s - 1 - DEPTH;
         const bool wanted = sent < mine && lane < (SCATTER ? 2 : 1) * LINA_PEERS_MAX;
         announce(a, lane, wanted, (start + sent + 1) << 16 | p.tag);
       }
       const int phase = lane / LINA_PEERS_MAX, source = lane % LINA_PEERS_MAX;
       const unsigned tile = phase == 0 ? summed : taken;
-      if (phase < (SCATTER ? 2 : 1) && source < a.links.ep && source != a.links.rank && tile < mine)
-        if (!arrives(a, p, phase, source, start + tile + 1, end)) failed = 1;
+      if (phase < (SCATTER ? 2 : 1) && source < a.links.ep && source != a.links.rank &&
+          tile < mine) {
+        const Arrival how = arrives(a, p, phase, source, start + tile + 1, end);
+        if (how == LOST) failed = 1;
+        if (how == LEAVES) leaving = 1;
+      }
       __syncwarp();
     } else if (warp == 1) {
       if (lane == 0 && gives_way && (s < mine || (SCATTER && summed < mine))) {
-        if (raised) gives_way = give_way(a);
-        raised = read_word(a);
+        if (raised && a.leaves)
+          leaving = 1;
+        else if (raised)
+          gives_way = give_way(a, itself);
+        look(s + 1);
       }
       __syncwarp();
     } else if (s < mine) {
       send<T, SCATTER>(a, p, span(s), (unsigned)start + s, thread);
     }
     __syncthreads();
-    lost = failed;
+    lost = failed, left = leaving;
+    if (left && !lost) break;
     if (warp > 1 && !lost) {
       if (summed < mine) {
         if constexpr (SCATTER) {
@@ -211,7 +232,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
         all.scatter(a.count, i, make_uint4(~0u, ~0u, ~0u, ~0u)); /* NaN in every dtype */
     }
   } else if (threadIdx.x == 0) {
-    *first_tile(a) = end;
+    *left_at(a) = left ? s : DONE;
+    if (left)
+      tell(a, a.turn, 1);
+    else
+      *first_tile(a) = end;
   }
 }
 

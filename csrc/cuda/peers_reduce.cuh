@@ -9,6 +9,7 @@
 #define DEPTH  LINA_REDUCE_DEPTH
 #define SLOTS  LINA_REDUCE_SLOTS
 #define POISON (~(uint64_t)0)
+#define DONE   (~0u) /* as the step a block left at: it has nothing left to do */
 
 typedef lina_peers_reduce_args Args;
 
@@ -68,8 +69,42 @@ static __device__ __forceinline__ uint64_t *first_tile(const Args &a) {
          blockIdx.x;
 }
 
-static __device__ __forceinline__ uint32_t *mirror(const Args &a) {
-  return (uint32_t *)(a.links.buffer[a.links.rank] + a.links.out_at + LINA_REDUCE_MIRROR);
+/* The step at which this block left the turn before. */
+static __device__ __forceinline__ uint32_t *left_at(const Args &a) {
+  return (uint32_t *)(a.links.buffer[a.links.rank] + a.links.out_at + LINA_REDUCE_LEFT_AT) +
+         blockIdx.x;
+}
+static __device__ __forceinline__ uint32_t *told(const Args &a, int turn) {
+  return (uint32_t *)(a.links.buffer[a.links.rank] + a.links.out_at + LINA_REDUCE_TOLD_AT) +
+         turn % 2;
+}
+
+/* ---- giving way ---- */
+
+/* The word itself, or what others have told: a GPU reads host memory once a microsecond at most,
+ * all blocks taken together, and launches kernels by such reads. */
+static __device__ __forceinline__ uint32_t read_word(const Args &a, bool itself) {
+  uint32_t v;
+  if (itself)
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(a.priority) : "memory");
+  else
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(told(a, a.turn)) : "memory");
+  return v;
+}
+static __device__ __forceinline__ void tell(const Args &a, int turn, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(told(a, turn)), "r"(v) : "memory");
+}
+/* Until the word is 0; false when that took too long. Whoever has told of a raise tells of its end. */
+static __device__ bool give_way(const Args &a, bool itself) {
+  const uint64_t start = peers_time_ns();
+  bool held = true;
+  if (itself) tell(a, a.turn, 1);
+  do {
+    held = peers_time_ns() - start < a.hold_ns;
+    __nanosleep(500);
+  } while (held && read_word(a, itself));
+  if (itself) tell(a, a.turn, 0);
+  return held;
 }
 
 /* ---- warp 0: lane 8 * phase + rank has that rank's flag ---- */
@@ -83,21 +118,24 @@ static __device__ __forceinline__ void announce(const Args &a, int lane, bool wa
   peers_relaxed(flag(a, rank, phase, a.links.rank), signal);
 }
 
-/* Whether the source's tile `number` is here; `end` is the last of this call. */
-static __device__ bool arrives(const Args &a, const Plan &p, int phase, int source, uint64_t number,
-                               uint64_t end) {
+/* The source's tile `number` is here, or this block leaves, or has failed. `end` is the last of this
+ * call. */
+enum Arrival { ARRIVED, LEAVES, LOST };
+static __device__ Arrival arrives(const Args &a, const Plan &p, int phase, int source,
+                                  uint64_t number, uint64_t end) {
   const uint64_t *at = flag(a, a.links.rank, phase, source);
   uint64_t start = 0;
   uint32_t why;
   for (unsigned polls = 1;; polls++) {
     const uint64_t f = peers_acquire(at), seen = f >> 16;
     if (seen >= number) { /* past the end the source is in a later call: this one was as long */
-      if (f != POISON && (seen > end || (uint32_t)(f & 0xffff) == p.tag)) return true;
+      if (f != POISON && (seen > end || (uint32_t)(f & 0xffff) == p.tag)) return ARRIVED;
       why = f == POISON ? (uint32_t)LINA_PEERS_FAILED : (uint32_t)LINA_PEERS_MISMATCH;
       break;
     }
+    if (a.leaves && polls % 16 == 0 && read_word(a, polls % 256 == 0)) return LEAVES;
     if (polls % 256) continue;
-    if (peers_read_failed(a.links.state)) return false;
+    if (peers_read_failed(a.links.state)) return LOST;
     const uint64_t now = peers_time_ns();
     if (start == 0) start = now;
     if (now - start > a.links.timeout_ns) {
@@ -111,36 +149,7 @@ static __device__ bool arrives(const Args &a, const Plan &p, int phase, int sour
     __nanosleep(64);
   }
   peers_fail(a.links, why, LINA_PEERS_REDUCE, source, (uint32_t)number);
-  return false;
-}
-
-/* ---- warp 1 ---- */
-
-/* Block 0 reads the word itself and tells the others: a GPU reads host memory once a
- * microsecond at most, all blocks taken together, and launches kernels by such reads. */
-static __device__ __forceinline__ uint32_t read_word(const Args &a) {
-  uint32_t v;
-  if (blockIdx.x == 0)
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(a.priority) : "memory");
-  else
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(mirror(a)) : "memory");
-  return v;
-}
-static __device__ __forceinline__ void tell(const Args &a, uint32_t v) {
-  if (blockIdx.x == 0)
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(mirror(a)), "r"(v) : "memory");
-}
-/* Until the word is 0; false when that took too long. */
-static __device__ bool give_way(const Args &a) {
-  const uint64_t start = peers_time_ns();
-  bool held = true;
-  tell(a, 1);
-  do {
-    held = peers_time_ns() - start < a.hold_ns;
-    __nanosleep(500);
-  } while (held && read_word(a));
-  tell(a, 0);
-  return held;
+  return LOST;
 }
 
 #endif

@@ -26,9 +26,13 @@
  * all peers' flags seen, so the next begins with all tiles but the last D known to be
  * summed, and sends D + 1 tiles, 2D + 1 slots in all, before it has seen a new flag.
  *
- * Giving way: `priority` is the word of comm/priority.h; block 0 reads it, the others read
- * block 0's mirror. While it is not 0 a block sends no further tile; where that lasts for
- * hold_ns, it goes on and heeds the word no more in this call.
+ * Giving way: `priority` is the word of comm/priority.h. In each step one block reads it and tells the
+ * others. A reduction is several launches, `turn` 0, 1, ..., each of which goes on where the one
+ * before left; between them the stream waits for the word to be 0. Where a block sees it
+ * raised, be it while it waits for a peer, it ends (`leaves`): the experts beside an all-to-all need
+ * all SMs. The next turn does its step again, of which nothing was flagged or summed; most have
+ * nothing left to do. In the last turn a block stays, and sends no further tile while the
+ * word is not 0; where that lasts for hold_ns, it goes on and heeds the word no more.
  *
  * A wait ends after timeout_ns, when the host aborts, when the peer reduces something
  * else (count, dtype, mean), or when the peer failed; then `word` tells the host what was
@@ -62,10 +66,11 @@ extern "C" {
 enum { LINA_PEERS_REDUCE = LINA_PEERS_BACK + 1 }; /* the direction in lina_peers_word */
 
 /* In a buffer's `out`: flags [blocks, 2 phases, sources], the blocks' first tile
- * numbers u64 [blocks], the mirror of the priority word u32, then rings [blocks, phases,
- * ep - 1 sources, slots]. */
+ * numbers u64 [blocks], the steps u32 [blocks] they left at, what blocks tell each other of the
+ * priority word u32 [turn % 2], then rings [blocks, phases, ep - 1 sources, slots]. */
 #define LINA_REDUCE_FLAGS    (LINA_REDUCE_BLOCKS * 2 * LINA_PEERS_MAX * LINA_PEERS_FLAG)
-#define LINA_REDUCE_MIRROR   (LINA_REDUCE_FLAGS + LINA_REDUCE_BLOCKS * 8)
+#define LINA_REDUCE_LEFT_AT  (LINA_REDUCE_FLAGS + LINA_REDUCE_BLOCKS * 8)
+#define LINA_REDUCE_TOLD_AT  (LINA_REDUCE_LEFT_AT + LINA_REDUCE_BLOCKS * 4)
 #define LINA_REDUCE_RINGS_AT (LINA_REDUCE_FLAGS + 4096)
 
 typedef struct {
@@ -78,6 +83,8 @@ typedef struct {
   int dtype;
   bool mean;
   const uint32_t *priority;              /* NULL: never gives way */
+  int turn;                              /* of this reduction; 0: from its start */
+  bool leaves;                           /* where the word is raised: another turn follows */
   uint64_t hold_ns;
 } lina_peers_reduce_args;
 

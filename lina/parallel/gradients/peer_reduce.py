@@ -1,7 +1,7 @@
-"""Gradients over peers' memory: one kernel that looks at the priority word between small tiles.
+"""Gradients over peers' memory: a kernel that looks at the priority word between small tiles.
 
-It pauses on the GPU itself and goes on at once, where nccl.Reducer launches one NCCL kernel for each
-micro-op. Contract of the kernel: csrc/cuda/peers_reduce.h.
+Where the word is raised it ends, so that the experts have all SMs, and one launched behind it goes on,
+where nccl.Reducer launches one NCCL kernel for each micro-op. Contract: csrc/cuda/peers_reduce.h.
 """
 
 from __future__ import annotations
