@@ -134,9 +134,10 @@ def graph(device) -> None:
     settle(wrong)
 
 
-def queue(device) -> None:
-    """DistributedDataParallel's queue takes it where asked to; float64 goes over NCCL."""
-    queue, wrong = DeviceQueue(dist.group.WORLD, (2e-5, 1 / 2e11), 1e-4, peers=True), []
+def queue(device, peers: str) -> None:
+    """DistributedDataParallel's queue takes it where asked to, or where links are fast; float64 goes over
+    NCCL."""
+    queue, wrong = DeviceQueue(dist.group.WORLD, (2e-5, 1 / 2e11), 1e-4, peers=peers == "True"), []
     for dtype in (*DTYPES, torch.float64):
         flat = values(device, 50_001, dtype, 3)
         want = expected(flat, True)
@@ -145,8 +146,10 @@ def queue(device) -> None:
             wrong.append(check(flat, want, str(dtype)))
         elif not ((flat - want[0]).abs() <= want[1] + 1e-9).all():
             wrong.append("float64")
-    kinds = [type(reducer).__name__ for reducer in queue._reducers.values()]
-    assert kinds == ["PeerReducer", "Reducer"], kinds
+    nccls = queue._reducers[dist.group.WORLD, False]
+    assert isinstance(nccls, nccl.Reducer), nccls
+    over_peers = isinstance(queue._reducers.get((dist.group.WORLD, True)), PeerReducer)
+    assert over_peers == (peers == "True" or nccls.fast()), "the wrong reducer"
     torch.cuda.synchronize()
     queue.close()
     settle(wrong)

@@ -6,17 +6,20 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from lina import _C
+from lina.parallel.gradients import queue
+from lina.parallel.transport.domain import SeveralHosts
 
 from helpers import take_turns
 from ranks import Run, each_scenario
 
 HEADER = Path(__file__).parents[1] / "csrc" / "cuda" / "peers_reduce.h"
-SCENARIOS = ["sums:False", "sums:True", "sequence:False", "sequence:True", "queue",
+SCENARIOS = ["sums:False", "sums:True", "sequence:False", "sequence:True", "queue:True", "queue:False",
              "gives_way:False", "gives_way:True", "gives_up_waiting", "refusals",
              *(f"broken:{how}" for how in ("absent", "mismatch", "abort")), "graph"]
 WORLD = max(2, min(4, torch.cuda.device_count()))        # more than two ranks take another path
@@ -41,6 +44,64 @@ def test_limits(rank: int, ep: int, blocks: int, tile_bytes: int, scatter: bool,
         return
     with pytest.raises(ValueError, match=f"p2p reduce: .*{words}"):
         _C.peers_reduce_make(rank, ep, blocks, tile_bytes, scatter, 1.0)
+
+
+# ---- which reducer a queue takes ----
+
+class Group(NamedTuple):
+    ranks: int
+    rate: bool
+    error: Exception | None
+
+    def size(self) -> int:
+        return self.ranks
+
+
+class Fake:
+    """A reducer of either kind."""
+
+    def __init__(self, group: Group, *model: object) -> None:
+        self.group, self.closed = group, 0
+        if not model and group.error is not None:        # over peers' memory
+            raise group.error
+
+    def fast(self) -> bool:
+        return self.group.rate
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class OverNCCL(Fake):
+    pass
+
+
+@pytest.mark.parametrize("fast,peers,size,error,kinds", [
+    (False, False, 2, None, ["OverNCCL"]),
+    (True, False, 2, None, ["OverNCCL", "Fake"]),
+    (False, True, 2, None, ["Fake"]),
+    (True, False, 16, None, ["OverNCCL"]),                        # more than one domain has
+    (True, False, 2, SeveralHosts("two hosts"), ["OverNCCL"]),
+    (True, False, 2, RuntimeError("no handle"), ["OverNCCL"]),    # says so, and works
+    (True, True, 2, SeveralHosts("two hosts"), ["OverNCCL"]),
+    (True, True, 2, RuntimeError("no handle"), None)])            # what p2p needs itself
+def test_reducer_of_a_queue(monkeypatch, caplog, fast: bool, peers: bool, size: int, error: Exception | None,
+                            kinds: list[str] | None) -> None:
+    monkeypatch.setattr(queue, "PeerReducer", Fake)
+    monkeypatch.setattr(queue, "Reducer", OverNCCL)
+    group = Group(size, fast, error)
+    if kinds is None:
+        with pytest.raises(RuntimeError, match="no handle"):
+            queue.DeviceQueue(group, (0.0, 1.0), 1.0, peers)
+        return
+    made = queue.DeviceQueue(group, (0.0, 1.0), 1.0, peers)
+    found = list({id(r): r for r in made._reducers.values()}.values())
+    assert [type(r).__name__ for r in found] == kinds
+    assert type(made._reducer(group, torch.bfloat16)).__name__ == kinds[-1]
+    assert type(made._reducer(group, torch.float64)).__name__ == "OverNCCL"
+    assert ("gradients travel over NCCL: no handle" in caplog.text) == (type(error) is RuntimeError)
+    made.close()
+    assert all(r.closed == 1 for r in found)
 
 
 # ---- the protocol of csrc/cuda/peers_reduce.h: one block of each rank, as a model ----

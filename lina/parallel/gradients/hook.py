@@ -51,7 +51,8 @@ class HookState:
             by n * 2^-25 besides; a sum above 65504 overflows fp16.
         link: (alpha, beta) of an allreduce, seconds and seconds a byte; None: a 200 Gb/s network.
         transport: where no mesh says it, what carries the all-to-alls to give way to, on GPUs: "nccl", the
-            default, or "p2p": micro-ops are held back on the device; "c10d": by a thread on the host, which
+            default, or "p2p": gradients are held back on the device, and travel over peers' memory among
+            ranks that share NVLink, else in micro-ops over NCCL; "c10d": by a thread on the host, which
             all-to-alls of lina's own transports do not see.
 
     Kept: the queue, made when the first bucket comes, by all ranks together, for the transport of

@@ -12,6 +12,7 @@ something can always go on.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import weakref
 from collections import deque
@@ -234,14 +235,22 @@ def _reduce(entry: _Entry, own: Any, offset: int, size: int, stream: Any) -> Non
 
 
 class DeviceQueue:
-    """The same on the device, one reducer for each group: over NCCL communicators of lina's own
-    (nccl.Reducer), or with ``peers``, among ranks of one host, over peers' memory (peer_reduce.py)."""
+    """The same on the device, one reducer for each group: over peers' memory (peer_reduce.py) among ranks of
+    one host, if its links are fast, else over NCCL communicators of lina's own (nccl.Reducer).
+
+    Args:
+        peers: over peers' memory however fast; else where NCCL reaches what takes NVLink, for there its
+            micro-ops, which hold SMs while they wait for a peer, slow the experts more than they gain.
+    """
 
     def __init__(self, group: dist.ProcessGroup, link: tuple[float, float], micro_op_s: float,
                  peers: bool = False) -> None:
-        self._group, self._model, self._peers = group, (link, micro_op_s), peers
+        self._group, self._model, self._peers, self._must = group, (link, micro_op_s), peers, peers
         self._reducers: dict[tuple[dist.ProcessGroup, bool], Reducer | PeerReducer] = {}
-        self._reducer(group, torch.float32)
+        first = self._reducer(group, torch.float32)
+        if not peers and isinstance(first, Reducer) and first.fast():
+            self._peers = True
+            self._reducer(group, torch.float32)
 
     def submit(self, flat: Tensor, label: str, *, average: bool = True,
                group: dist.ProcessGroup | None = None, into: Future | None = None) -> Future[Tensor]:
@@ -254,19 +263,25 @@ class DeviceQueue:
         over_peers = self._peers and dtype in DTYPES and 2 <= group.size() <= MAX_RANKS
         found = self._reducers.get((group, over_peers))
         if found is None:
-            found = self._reducers[group, over_peers] = self._make(group, over_peers)
+            made = self._over_peers(group) if over_peers else None
+            found = made or self._reducers.get((group, False)) or Reducer(group, *self._model)
+            self._reducers[group, over_peers] = found
         return found
 
-    def _make(self, group: dist.ProcessGroup, over_peers: bool) -> Reducer | PeerReducer:
-        if over_peers:
-            try:
-                return PeerReducer(group)
-            except SeveralHosts:           # on all ranks alike
-                pass
-        return Reducer(group, *self._model)
+    def _over_peers(self, group: dist.ProcessGroup) -> PeerReducer | None:
+        """None, on all ranks alike, where they cannot, and need not."""
+        try:
+            return PeerReducer(group)
+        except SeveralHosts:
+            return None
+        except (RuntimeError, ValueError) as error:
+            if self._must:
+                raise
+            logging.getLogger(__name__).warning("gradients travel over NCCL: %s", error)
+            return None
 
     def close(self) -> None:
         """See Queue."""
-        for reducer in self._reducers.values():
+        for reducer in set(self._reducers.values()):
             reducer.close()
         self._reducers.clear()

@@ -75,6 +75,17 @@ def future(value: Any, done_on: torch.cuda.Stream,
     return result
 
 
+def _rate(on: torch.cuda.Stream, size: int, send: Callable[[], object]) -> float:
+    """Bytes a second of what sends ``size`` of them on a stream, the best of some."""
+    ends = []
+    for _ in range(5):
+        send()
+        ends.append(torch.cuda.Event(enable_timing=True))
+        ends[-1].record(on)
+    on.synchronize()
+    return size / min(a.elapsed_time(b) / 1e3 for a, b in pairwise(ends))
+
+
 class NCCL(Transport):
     """All-to-alls on the a2a stream; see Transport."""
 
@@ -99,14 +110,11 @@ class NCCL(Transport):
         """Bytes a second that leave a rank for the others; collective."""
         part = _PROBE_BYTES // self.size
         spare = torch.empty(2, part * self.size, dtype=torch.uint8, device=self.device)
-        ends = []
-        for _ in range(5):
-            self.start("first exchanges", spare[0], spare[1], [part] * self.size, [part] * self.size)
-            ends.append(torch.cuda.Event(enable_timing=True))
-            ends[-1].record(self.stream)
-        self.stream.synchronize()
+        splits = [part] * self.size
+        found = _rate(self.stream, part * (self.size - 1),
+                      lambda: self.start("first exchanges", spare[0], spare[1], splits, splits))
         self._check("first exchanges")
-        return part * (self.size - 1) / min(a.elapsed_time(b) / 1e3 for a, b in pairwise(ends))
+        return found
 
     def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:
         mine = mine.contiguous()
@@ -205,6 +213,16 @@ class Reducer:
         self.micro_op_bytes = self.comm.set_policy(*link, micro_op_s, 256)
         self.all_reduce(torch.zeros(1, device=self.device), gently=False)      # makes connections
         self.stream.synchronize()
+
+    def fast(self) -> bool:
+        """Whether bytes leave every rank as they do over NVLink; collective."""
+        ranks, flat = self.group.size(), torch.zeros(_PROBE_BYTES // 2, device=self.device)
+        rate = _rate(self.stream, 2 * (ranks - 1) * flat.nbytes // ranks,
+                     lambda: self.all_reduce(flat, gently=False))
+        slow = torch.full((1,), float(rate < _SLOW_BYTES_S), device=self.device)
+        self.all_reduce(slow, gently=False)
+        self.stream.synchronize()
+        return slow.item() == 0
 
     def all_reduce(self, flat: Tensor, *, mean: bool = True, gently: bool = True) -> None:
         """In place, on the reduce stream, after what the current stream holds so far.
