@@ -26,6 +26,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from hidden import hidden_by_kernels, hidden_by_trace
 from models import LAYERS, PRESETS, TINY, Preset
 from multi import Clock, arguments, attempt, designs, end, facts, save, say, slowest, start
 from predict import cost_model, dense_part, step_s
@@ -35,8 +36,6 @@ from training import (
     Trainer,
     batch,
     exchanged,
-    hidden_by_kernels,
-    hidden_by_trace,
     replay,
     small,
     step_times,
@@ -60,7 +59,8 @@ class Bench:
         ep = args.ep or torch.distributed.get_world_size()
         self.mesh, self.check_mesh = lina.mesh(ep), lina.mesh(ep)
         self.agreement = Agreement()
-        self.cost: Any = None
+        self.cost: Any = None          # what predictions follow
+        self.profile: dict[str, Any] | None = None
         self.dense: Any = None
         self.plan: parallel.Plan | None = None
 
@@ -81,6 +81,7 @@ class Bench:
         losses = trainer.losses()
         error = self.agreement.compare_losses("timed", losses, self.dtype,
                                               self.tokens * torch.distributed.get_world_size())
+        trainer.settle()
         row: dict[str, Any] = dict(losses=losses, loss_error=error, gradient_error=gradient_error)
         if self.clock.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -134,6 +135,7 @@ class Bench:
         if self.args.predict or "auto" in names:
             self.cost = cost_model(self.p, self.mesh, self.dtype, save="auto" in names,
                                    budget_s=self.args.budget)
+            self.profile = self.cost.as_json()
         if self.args.predict:
             data = batch(self.p, self.device, self.tokens)
             self.dense = dense_part(self.p, self.mesh, self.clock, self.dtype, data)
@@ -224,7 +226,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     if bench.plan is not None:
         bench.planned(rows)
-    case = dict(model=args.model, preset=vars(p), tokens=bench.tokens, designs=rows)
+    case = dict(model=args.model, preset=vars(p), tokens=bench.tokens, designs=rows, profile=bench.profile)
     save(args.json, "step", found | dict(not_timed=missing), [case])
     end()
 

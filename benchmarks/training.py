@@ -20,10 +20,8 @@ from tutel_layer import TutelMoE
 import lina
 from lina import parallel, tracing
 from lina.profile.layers import uncollected
-from lina.tracefile import busy, length, subtract, union
 
 STEPS = 5
-OBSERVE = 3                 # of them, before a plan is made
 # In float32. A gradient passes some 64 stored values, each rounded by half an eps at most, in norm as
 # independent errors; norms and softmax may enlarge that: 16 times. Relative to the gradient's norm.
 GRADIENT = 16 * 64**0.5 * torch.finfo(torch.float32).eps / 2
@@ -70,8 +68,7 @@ class Trainer:
             self.wrapped = lina.ddp(self.model, mesh, schedule="plain")
         elif name == "auto":
             self._load()
-            self.wrapped = lina.ddp(self.model, mesh, schedule="auto", observe=OBSERVE,
-                                    optimizer=self.optimizer, regroup=True)
+            self.wrapped = lina.ddp(self.model, mesh, schedule="auto", optimizer=self.optimizer, regroup=True)
         else:
             self._load()
             self.hook = lina.HookState(mesh)
@@ -124,6 +121,14 @@ class Trainer:
         found = torch.stack([self.step().double() for _ in range(STEPS)])
         dist.all_reduce(found)
         return (found / dist.get_world_size()).tolist()
+
+    def settle(self) -> None:
+        """Train until schedule "auto" has decided, and seen what came of it."""
+        for _ in range(100):
+            if getattr(self.wrapped, "_auto", None) is None:
+                return
+            self.step()
+        raise RuntimeError("schedule 'auto' has not decided after 100 steps")
 
     def close(self) -> None:
         if self.hook is not None:
@@ -260,39 +265,3 @@ def replay(p: Preset, sizes: list[Exchanged], group: dist.ProcessGroup, clock: C
                     dist.all_to_all_single(got[:sum(into)], sent[:sum(out)], into, out, group=group)
 
     return clock.stages([run])[0]
-
-
-def hidden_by_trace(trainer: Trainer) -> float | None:
-    """Share of the all-to-alls' time with compute beside it, as lina.trace sees it; the mean over ranks."""
-    with lina.trace(gather=False) as recorder:
-        for _ in range(3):
-            trainer.step()
-    a2a, compute = busy(recorder.spans, "a2a"), busy(recorder.spans, "compute")
-    return _share(length(a2a), length(subtract(a2a, compute)), trainer.device)
-
-
-def hidden_by_kernels(trainer: Trainer) -> float | None:
-    """The same of the kernels that ran: all-to-alls against all that are no communication."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(3):
-            trainer.step()
-        torch.cuda.synchronize()
-    a2a, compute = [], []
-    for event in profiler.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith(("Mem", "gpu_")):
-            continue
-        span = event.time_range.start / 1e6, event.time_range.end / 1e6
-        name = event.name.lower()
-        if any(word in name for word in ("sendrecv", "alltoall", "peers_dispatch", "peers_collect")):
-            a2a.append(span)
-        elif "peers_reduce" not in name and not name.startswith("nccl"):
-            compute.append(span)
-    a2a = union(a2a)
-    return _share(length(a2a), length(subtract(a2a, union(compute))), trainer.device)
-
-
-def _share(total: float, exposed: float, device: torch.device) -> float | None:
-    sums = torch.tensor([total, exposed], dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    total, exposed = sums.tolist()
-    return 1 - exposed / total if total else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from auto_case import FREE, GIVEN, KINDS, OBSERVE, STEPS, TOKENS, assert_same, build, save, train
+from auto_case import DENSE, FREE, GIVEN, KINDS, OBSERVE, STEPS, TOKENS, assert_same, build, save, train
 from auto_left import left, left_transport, on_gpus
 from parallel_worker import batch, error_of, everyone, loss_of, spread_net, whole_net
 from torch import nn
@@ -15,6 +17,8 @@ from torch import nn
 import lina
 from lina import parallel
 from lina.parallel import CostModel, auto, machine_facts
+from lina.parallel.tokens import dispatch
+from lina.parallel.transport.c10d import C10d
 
 __all__ = ["left", "left_transport", "on_gpus"]          # scenarios as those below
 
@@ -107,6 +111,56 @@ def counted(device) -> None:
         assert plain.own_pairs == -1
     net(x)
     assert len(observer.steps[-1].calls) == 2, "nobody looks any more"
+
+
+class Slow(torch.autograd.Function):
+    """Dense work of so many seconds, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds[1]
+        time.sleep(seconds[0])
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        time.sleep(ctx.seconds)
+        return dx, None
+
+
+def in_backward(observer, grad) -> None:
+    observer.in_backward()
+
+
+def apart(device) -> None:
+    """What is seen outside the layers is what is slow there, and no exchange counts, slow as it is."""
+    save("free")
+    dense, exchange, tokens = (0.03, 0.05), 0.03, TOKENS + 3 * dist.get_rank()
+
+    def slowly(*args, **kw):
+        time.sleep(exchange)
+        return exchanged(*args, **kw)
+
+    exchanged, start = dispatch._exchange, C10d.start
+    for degree in ((1, 1), (2, 2)):            # separate nodes of autograd, and a single one
+        mesh = lina.mesh(ep=dist.get_world_size())
+        parallel.settings(mesh).degree = degree
+        observer = parallel.plan.observe.Observer(device)
+        net = spread_net(whole_net("softmax", device), "softmax", mesh)
+        net.middle.register_forward_hook(lambda module, given, out: Slow.apply(out, dense))
+        with (mock.patch.object(dispatch, "_exchange", slowly),
+              mock.patch.object(C10d, "start", lambda *args: time.sleep(exchange) or start(*args))):
+            for step in range(3):
+                observer.begin()
+                loss = loss_of(net, *batch(dist.get_rank(), step, next(net.parameters()), tokens=tokens))
+                observer.forward_ends()
+                loss.register_hook(partial(in_backward, observer))
+                loss.backward()
+        seen, whole = DENSE(observer, observer.steps), observer.facts()
+        for way, name in enumerate(("forward_s", "backward_s")):
+            slow = 4 * exchange                          # two layers, rows out and back
+            assert whole[name] >= dense[way] + slow, whole
+            assert dense[way] <= seen[way] < dense[way] + slow / 2, (degree, seen, whole)
 
 
 def moved(device) -> None:

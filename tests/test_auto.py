@@ -19,7 +19,8 @@ from lina.parallel import (
     machine_facts,
     predict,
 )
-from lina.parallel.plan.decide import State, decide
+from lina.parallel.plan.decide import decide
+from lina.parallel.plan.packing import State
 from lina.parallel.plan.predict import best_degree, calibrate, copies
 from lina.train import launch as train
 from lina.train import options
@@ -28,7 +29,7 @@ from lina.train.resolve import resolve
 from ranks import Run, each_scenario
 
 SCENARIOS = [*(f"chosen:{kind}" for kind in ("slow", "free", "started", "gentle")), "left:slow",
-             "left:gentle", "left_transport", "counted", "moved", "failing", "refused"]
+             "left:gentle", "left_transport", "counted", "apart", "moved", "failing", "refused"]
 
 
 @each_scenario({"gloo": Run("auto_worker", SCENARIOS, 2),
@@ -123,6 +124,23 @@ def test_the_faster_transport_is_taken():
     assert decide(load(), cost(), transports=("c10d",)).transport == "c10d"
     with pytest.raises(ValueError, match="a2a was measured by c10d, nccl, transport is 'p2p'"):
         decide(load(), cost(), transports=("p2p",))
+
+
+def test_what_was_seen_outside_layers_is_dense():
+    """The cost model has the exchanges of the transport in use four times too long: that touches no other's
+    prediction, and is said."""
+    seen = dataclasses.replace(load(), seen_dense_s=(0.08, 0.15))
+    assert calibrate(seen, cost(), "c10d").dense_s == (0.08, 0.15)
+    exchanges, rest = 2 * 4 * (4.104e-3 + 4.096e-3), 0.08 + 0.15 + 0.01 + 2 * 4 * 1e-3
+    plan = decide(seen, cost(a2a=Line(0.0, 4e-9, 1.0)), transports=("c10d", "nccl"))
+    steps = {t.transport: t.step_s for t in plan.trials if (t.schedule, t.degree) == ("plain", (1, 1))}
+    assert steps["c10d"] == pytest.approx(4 * exchanges + rest, rel=1e-3)
+    assert steps["nccl"] == pytest.approx(exchanges + rest, rel=1e-3)
+    over = (4 * exchanges + rest) / seen.step_s
+    text = f"the cost model would have the observed step take {over:.2f} x as long"
+    assert text in plan.reasons
+    right = dataclasses.replace(seen, forward_s=exchanges + rest - 0.21, backward_s=0.2)
+    assert not any("would have" in reason for reason in decide(right, cost(), transports=("c10d",)).reasons)
 
 
 # Seconds forward and backward beside exchanges and experts, at 4096 bytes a token and more a pass.

@@ -210,7 +210,9 @@ class Auto:
         slowest = max(steps, key=_step_s)
         load = Workload(world, calls[0][0].ep if most else 1, self.device.type, loads,
                         segments(wrapper, found, most), slowest["forward_s"], slowest["backward_s"],
-                        slowest["outside_s"], *bucket_bytes(wrapper))
+                        slowest["outside_s"], *bucket_bytes(wrapper),
+                        # with replicas the end of backward holds their reductions too
+                        seen_dense_s=slowest["dense_s"] if most and calls[0][0].ep == world else None)
         refused = next((s["refused"] for s in said if s["refused"]), "")
         if refused:
             notes.append(f"experts stay: {refused}")

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lina.parallel.mesh import ep_size
-from lina.parallel.plan.decide import State, copies
 from lina.parallel.plan.observe import Call
-from lina.parallel.plan.predict import LayerLoad
+from lina.parallel.plan.packing import State
+from lina.parallel.plan.predict import LayerLoad, copies
 from lina.parallel.slots import Layer, layers, slots
 
 # What all ranks have in common.

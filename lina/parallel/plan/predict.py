@@ -1,8 +1,8 @@
 """How long a step takes by a cost model, for each way to run it: the simulator's answer (csrc/plan).
 
-A workload is what was observed under the plain order. Its dense time is what the observed step leaves
-beside its parts by the cost model, so that the plain order's prediction is the observed step; the
-other orders' predictions are from there. What the cost model has wrong, the dense time takes up.
+A workload is what was observed under the plain order. Its dense time is what was seen outside the spread
+layers; where that was not seen, it is what the observed step leaves beside its parts by the cost model,
+and takes up what that has wrong.
 What a layer takes beside exchanges and experts is the observed transport's in one, the predicted
 one's and its passes' in the other; gradients that give way wait meanwhile, for exchanges are imminent.
 
@@ -89,7 +89,8 @@ def copies(experts: int, top_k: int, ep: int) -> float:
 
 @dataclass(frozen=True)
 class Workload:
-    """A step of a model on one rank of ``world``; seconds measured, dense ones by :func:`calibrate`.
+    """A step of a model on one rank of ``world``; seconds measured, dense ones by :func:`calibrate` from
+    what was seen of them.
 
     dense_grads: bytes of each dense gradient before the first layer's experts, between them and the
     next, ..., after the last. forward_s, backward_s: with all that they wait for.
@@ -107,6 +108,7 @@ class Workload:
     bucket_bytes: int = 25 << 20
     first_bucket_bytes: int = 1 << 20
     dense_s: Pair = field(default=(0.0, 0.0))
+    seen_dense_s: Pair | None = None           # outside the spread layers
 
     @property
     def step_s(self) -> float:
@@ -204,11 +206,14 @@ def _experts(layer: LayerLoad, cost: CostModel, transport: str, degree: int) -> 
 
 
 def calibrate(load: Workload, cost: CostModel, transport: str) -> Workload:
-    """``load``, observed under the plain order in one pass, with the dense seconds that explain its step.
+    """``load``, observed under the plain order in one pass, with the dense seconds that were seen, or that
+    explain its step.
 
     Raises:
         ValueError: as :func:`predict`.
     """
+    if load.seen_dense_s is not None:
+        return dataclasses.replace(load, dense_s=load.seen_dense_s)
     forward = max(0.0, load.forward_s - layers_s(load, cost, transport, 0, 1))
     backward = 0.0
     for _ in range(12):        # the step grows with it by 1 or less, so this ends below the answer or at it

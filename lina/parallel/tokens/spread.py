@@ -73,9 +73,21 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
     if w_up.dim() == 3 and w_up.shape[0] != local:
         raise ValueError(f"moe: w_up has {w_up.shape[0]} experts, must have {local}: {experts} are spread "
                          f"over {ep.size()} ranks")
-    saw: Any = eagerly(saw_layer) if torch.compiler.is_compiling() else saw_layer
-    saw(x_TD, expert_TK, (w_up, w_down, options.get("b_up"), options.get("b_down")), experts,
-        options.get("activation", "swiglu"))
+    seen = (x_TD, expert_TK, (w_up, w_down, options.get("b_up"), options.get("b_down")), experts,
+            options.get("activation", "swiglu"))
+    if torch.compiler.is_compiling():
+        eagerly(saw_layer)(*seen)
+        return _carried(x_TD, weight_TK, expert_TK, w_up, w_down, experts, mesh, options)
+    span = saw_layer(*seen)
+    out_TD = _carried(x_TD, weight_TK, expert_TK, w_up, w_down, experts, mesh, options)
+    if span is not None:
+        span.ends(out_TD, weight_TK, x_TD)
+    return out_TD
+
+
+def _carried(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down: Tensor, experts: int,
+             mesh: DeviceMesh, options: dict[str, Any]) -> Tensor:
+    ep = groups(mesh).ep
     name, degree = chosen(mesh), settings(mesh).degree
     if expert_TK.dtype == torch.int64:
         expert_TK = expert_TK.clamp(-1, experts).int()      # ids beyond int32 must not wrap into range
