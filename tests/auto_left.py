@@ -11,6 +11,7 @@ from parallel_worker import everyone
 import lina
 from lina import parallel
 from lina.parallel import Line, auto
+from lina.parallel.plan.observe import Observer
 from lina.parallel.transport import carriers
 from lina.parallel.transport.c10d import C10d
 
@@ -66,6 +67,56 @@ def left_transport(device) -> None:
         train(wrapped, net, optimizer, 3, first=2 * OBSERVE + 1)
     assert wrapped.plan.left == plan.chosen.label and parallel.settings(mesh).transport == "auto"
     assert wrapped.gently is None and wrapped._auto is None
+
+
+PLAIN_S = 90.0
+
+
+def next_best(device, steps: str, runs: str) -> None:
+    """Two transports, of which the plan takes the one with the faster link; ``steps``: the seconds that are
+    then measured, in turn; ``runs``: what ran for each, by its transport, and what holds in the end."""
+    half = Line(SLOW.alpha_s / 2, SLOW.beta_s / 2, 1.0)
+    save("slow", links={(op, name): line for op in ("a2a", "allreduce")
+                        for name, line in (("c10d", SLOW), ("nccl", half))})
+    world = dist.get_world_size()
+    plain, mesh = build(device, lina.mesh(ep=world)), lina.mesh(ep=world)
+    measured = [*map(float, steps.split(","))]
+    *ran, holds = runs.split(",")
+    total = (len(ran) + 2) * (OBSERVE + 1)
+    want = train(*plain, total)
+    facts, given = Observer.facts, iter([PLAIN_S, *measured])
+    seen: list[str] = []
+
+    def scripted(observer):
+        half_s = next(given) / 2
+        return {**facts(observer), "forward_s": half_s, "backward_s": half_s, "outside_s": 0.0}
+
+    with (mock.patch.object(auto, "SLOWER", 0.02), mock.patch.dict(carriers.makers, nccl=C10d),
+          mock.patch.object(auto, "_transports", lambda *_: ("c10d", "nccl")),
+          mock.patch.object(Observer, "facts", scripted)):
+        wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE)
+        got = train(wrapped, net, optimizer, OBSERVE + 1)
+        for i in range(len(ran)):
+            assert wrapped.plan.tried == plan_of(wrapped, i).tried and len(wrapped.plan.tried) == i
+            seen.append(parallel.settings(mesh).transport)
+            assert seen[-1] == wrapped.plan.transport
+            got += train(wrapped, net, optimizer, OBSERVE + 1, first=len(got))
+        got += train(wrapped, net, optimizer, total - len(got), first=len(got))
+    plan = wrapped.plan
+    assert seen == ran and wrapped._auto is None and next(given, None) is None, f"{seen} {plan}"
+    assert [s for _, s in plan.tried] == measured and len(set(everyone(repr(plan)))) == 1
+    where = f"{plan.transport} {plan.schedule}"
+    assert holds == ("back" if plan.left else plan.transport), f"{where}: {plan}"
+    assert parallel.settings(mesh).transport == ("auto" if plan.left else holds)
+    assert plan.left or plan.measured_s == min(measured), f"{plan}"
+    assert (wrapped.gently is not None) == (plan.schedule == "lina")
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_same(a, b, f"loss {i}")
+
+
+def plan_of(wrapped, count: int):
+    assert wrapped.plan is not None and len(wrapped.plan.tried) == count, f"{count}: {wrapped.plan}"
+    return wrapped.plan
 
 
 def on_gpus(device, name: str) -> None:

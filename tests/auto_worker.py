@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from auto_case import DENSE, FREE, GIVEN, KINDS, OBSERVE, STEPS, TOKENS, assert_same, build, save, train
-from auto_left import left, left_transport, on_gpus
+from auto_left import left, left_transport, next_best, on_gpus
 from parallel_worker import batch, error_of, everyone, loss_of, spread_net, whole_net
 from torch import nn
 
@@ -20,7 +20,7 @@ from lina.parallel import CostModel, auto, machine_facts
 from lina.parallel.tokens import dispatch
 from lina.parallel.transport.c10d import C10d
 
-__all__ = ["left", "left_transport", "on_gpus"]          # scenarios as those below
+__all__ = ["left", "left_transport", "next_best", "on_gpus"]          # scenarios as those below
 
 
 def chosen(device, kind: str) -> None:

@@ -6,8 +6,10 @@
     4. transport and degrees hold from that step on, the order of gradients from the next, when every kernel
        has run once: one that is launched for the first time while gradients wait on the device may stop
        the host;
-    5. from there as many steps are observed again. Where they take longer than the plain ones did, all ranks
-       go back to what ran before, unless experts have moved: then the plan stays.
+    5. from there as many steps are observed again. Where another transport promises less than the least that
+       was measured, the best way over that is next, each transport once;
+    6. then the fastest that was measured holds: of the plans, unless the plain order took less than all: then
+       all ranks go back to what ran before. Where experts have moved, the plan stays.
 
 Source: Lina, arXiv:2210.17223, section 5, packs experts after ten steps of observation. Differs: degrees
 and order of gradients are chosen too, by a cost model, FSMoE, arXiv:2501.10714, section 4.
@@ -17,28 +19,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook as at_once
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lina.parallel.experts import together
-from lina.parallel.gradients.hook import HookState, ordered_hook, user_settings
-from lina.parallel.gradients.sequence import Sequence
+from lina.parallel.gradients.hook import HookState, user_settings
+from lina.parallel.gradients.watched import Order
 from lina.parallel.mesh import ep_size, groups
 from lina.parallel.plan.cost import CostModel
-from lina.parallel.plan.decide import Plan, decide, unchanged
-from lina.parallel.plan.observe import Call, Observer
-from lina.parallel.plan.predict import Workload, links
+from lina.parallel.plan.decide import Plan, Trial, decide, unchanged
+from lina.parallel.plan.observe import Observer
+from lina.parallel.plan.predict import links
 from lina.parallel.regroup import regroup
 from lina.parallel.settings import TRANSPORTS, Settings, chosen, meshes, settings
 from lina.parallel.slots import check_gradients, layers, slots
-from lina.parallel.workload import bucket_bytes, merged, segments, sizes, spread_layers, state
+from lina.parallel.workload import observed, spread_layers, state, step_s
 
-SLOWER = 0.02          # than the plain order: then the plan is left again
+SLOWER = 0.02          # than the plain order: then the plan is left again; and what another has to promise
 _log = logging.getLogger(__name__)
 
 
@@ -63,25 +64,6 @@ class Options:
     def facts(self) -> str:
         hook = self.hook and (*user_settings(self.hook).values(), self.hook.transport)
         return f"degree={self.degree}, hook={hook}, observe={self.observe}, regroup={self.regroup}"
-
-
-class Order:
-    """The state of :func:`ordered`: how gradients travel. Kept by the reducer, so it keeps no model."""
-
-    def __init__(self, group: dist.ProcessGroup, observer: Observer) -> None:
-        self.group, self.observer = group, observer
-        self.gently: HookState | None = None
-        self.sequence: Sequence | None = None
-        self.watched = True
-
-
-def ordered(order: Order, bucket):  # torch reads annotations and wants them absent or its own
-    """A communication hook: at once, as DistributedDataParallel without one, or giving way."""
-    if order.watched:
-        order.observer.in_backward()
-    if order.gently is not None:
-        return ordered_hook((order.gently, order.sequence), bucket)
-    return at_once(order.group, bucket)
 
 
 def agreed_cost(mesh: DeviceMesh, options: Options) -> tuple[CostModel, tuple[str, ...]]:
@@ -141,6 +123,7 @@ class Auto:
         self.steps = 0                 # begun under the observer
         self.plan: Plan | None = None
         self.entered = False           # the plan's first step, which allocates and connects, has run
+        self.last = False              # what is entered next is not watched: it was before
         self.former: list[tuple[DeviceMesh, str, tuple[int, int]]] = []     # the settings before the plan
         self.done = False
 
@@ -155,6 +138,9 @@ class Auto:
             return
         if self.plan is not None and not self.entered:
             self._enter(wrapper)
+            if self.last:
+                self._end()
+                return
         if self.steps < self.options.observe:
             self.steps += 1
             self.observer.begin()
@@ -192,27 +178,11 @@ class Auto:
         return dict(step=self.observer.facts(), refused=refused, room=room)
 
     def _plan(self, wrapper: Any, said: list[dict[str, Any]]) -> Plan:
-        options, found = self.options, spread_layers(wrapper)
-        steps = [s["step"] for s in said if s["step"] is not None]
-        world, ep = groups(self.mesh).world.size(), ep_size(self.mesh)
-        load = Workload(world, ep, self.device.type, (), (sizes(wrapper, []),), 0.0, 0.0, 0.0)
-        degree = options.degree or (1, 1)
-        if not steps:
-            return unchanged(load, chosen(self.mesh), degree, "no step was seen whole: nothing is known")
-        most = max(len(s["calls"]) for s in steps)
-        calls = [[Call(**c) for c in s["calls"]] for s in steps if len(s["calls"]) == most]
-        if len({c.ep for rank in calls for c in rank}) > 1:
-            return unchanged(load, chosen(self.mesh), degree,
-                             "layers are spread over different numbers of ranks: left as they are")
-        names = [name for name, _ in found] if len(found) == most else [f"layer {i}" for i in range(most)]
-        notes: list[str] = []
-        loads = tuple(merged(name, list(ranks), notes) for name, *ranks in zip(names, *calls, strict=True))
-        slowest = max(steps, key=_step_s)
-        load = Workload(world, calls[0][0].ep if most else 1, self.device.type, loads,
-                        segments(wrapper, found, most), slowest["forward_s"], slowest["backward_s"],
-                        slowest["outside_s"], *bucket_bytes(wrapper),
-                        # with replicas the end of backward holds their reductions too
-                        seen_dense_s=slowest["dense_s"] if most and calls[0][0].ep == world else None)
+        options, notes = self.options, list[str]()
+        load, why = observed(wrapper, self.mesh, self.device, [s["step"] for s in said if s["step"]], notes)
+        unplanned = partial(unchanged, load, chosen(self.mesh), options.degree or (1, 1))
+        if why:
+            return unplanned(why)
         refused = next((s["refused"] for s in said if s["refused"]), "")
         if refused:
             notes.append(f"experts stay: {refused}")
@@ -220,10 +190,10 @@ class Auto:
         try:
             return decide(load, self.cost, transports=self.transports, degree=options.degree,
                           micro_op_s=options.hook.micro_op_s if options.hook else None,
-                          state=state(found, options.optimizer, min(rooms, default=None)),
+                          state=state(spread_layers(wrapper), options.optimizer, min(rooms, default=None)),
                           may_move=options.regroup and not refused, notes=tuple(notes))
         except ValueError as error:
-            return unchanged(load, chosen(self.mesh), degree, f"nothing can be predicted: {error}", *notes)
+            return unplanned(f"nothing can be predicted: {error}", *notes)
 
     def _apply(self, wrapper: Any, plan: Plan) -> None:
         _log.info("%s", plan)
@@ -236,9 +206,7 @@ class Auto:
             settings(mesh).transport, settings(mesh).degree = plan.transport, plan.degree
         self.options.optimizer = None
         if now == (plan.transport, plan.degree, plan.schedule, plan.ep):
-            self.done = True
-            if plan.trials:
-                self.plan = wrapper.plan = plan.ran(plan.load.step_s)
+            self._go_on(wrapper, plan.ran(plan.load.step_s))
 
     def _enter(self, wrapper: Any) -> None:
         """From this step on gradients let all-to-alls pass, if they shall, and steps are observed again."""
@@ -256,22 +224,51 @@ class Auto:
 
     @torch.no_grad()
     def _compare(self, wrapper: Any, plan: Plan) -> None:
-        """Back to what ran before, if that was faster; on all ranks, by the same numbers."""
-        self.order.watched, self.done = False, True
+        """What came of the plan; on all ranks, by the same numbers."""
+        self.order.watched = False
         said = together("ddp: schedule 'auto'", groups(self.mesh).world, self.observer.facts)
         facts = [step for step in said if step is not None]
         if not facts or not plan.trials:
-            return                             # nothing to compare, or with
-        step_s = max(map(_step_s, facts))
-        back = None
-        if plan.ep == plan.load.ep and step_s > plan.load.step_s * (1 + SLOWER):
-            back = self._back(wrapper, plan)
-        self.plan = wrapper.plan = plan.ran(step_s, back)
-        _log.info("%s", self.plan.reasons[-1] if back else f"a step takes {1e3 * step_s:.2f} ms as planned")
+            self._end()                        # nothing to compare, or with
+        else:
+            self._go_on(wrapper, plan.ran(max(map(step_s, facts))))
 
-    def _back(self, wrapper: Any, plan: Plan) -> tuple[str, tuple[int, int]] | None:
-        """The transport and degrees that hold from here on; None: there is nothing to go back to."""
-        ran = chosen(self.mesh), settings(self.mesh).degree
+    def _go_on(self, wrapper: Any, plan: Plan) -> None:
+        """Try what promises more than all that was measured, or end with the fastest."""
+        stays = plan.ep != plan.load.ep or not plan.tried
+        # a hook of the user's serves one transport
+        more = None if stays or self.options.hook else plan.promising(self.options.degree, SLOWER)
+        best, least = min((t for t in plan.tried if t[0] != 0), key=lambda t: t[1], default=(0, 0.0))
+        if more is not None:
+            why = f"{more.label} promises {1e3 * more.step_s:.2f} ms, less than all that was measured"
+            self._take(wrapper, plan, more, why)
+        elif stays or best == 0:               # the plain order ran, and nothing else
+            self._end(wrapper, plan)
+        elif least > plan.load.step_s * (1 + SLOWER):
+            back = self._back(wrapper, plan)
+            self._end(wrapper, plan if back is None else plan.back(*back))
+        elif plan.trials[best] != plan.chosen:
+            self.last = True
+            self._take(wrapper, plan, plan.trials[best], f"{plan.trials[best].label} was the fastest")
+        else:
+            self._end(wrapper, plan)
+        _log.info("%s", self.plan)
+
+    def _take(self, wrapper: Any, plan: Plan, trial: Trial, why: str) -> None:
+        """Another way to run: its transport and passes now, its order of gradients from the next step."""
+        self._leave(wrapper)
+        self.plan = wrapper.plan = plan.taking(trial, self.cost, why)
+        for mesh, *_ in self.former:
+            settings(mesh).transport, settings(mesh).degree = trial.transport, trial.degree
+        self.entered = False
+
+    def _end(self, wrapper: Any = None, plan: Plan | None = None) -> None:
+        if plan is not None:
+            self.plan = wrapper.plan = plan
+        self.order.watched, self.done = False, True
+
+    def _leave(self, wrapper: Any) -> None:
+        """Settings and the order of gradients are as before the plan; but a degree that was given stays."""
         gently, self.order.gently = self.order.gently, None
         wrapper.gently, self.order.sequence = None, wrapper.expert_reducer.carry(None)
         if gently is not None and self.options.hook is None:   # before the transport is another one
@@ -281,10 +278,11 @@ class Auto:
             settings(mesh).transport = transport
             fits = given is not None and (given[0] == given[1] or chosen(mesh) != "p2p")
             settings(mesh).degree = given if given is not None and fits else degree
+
+    def _back(self, wrapper: Any, plan: Plan) -> tuple[str, tuple[int, int]] | None:
+        """The transport and degrees that hold from here on; None: there is nothing to go back to."""
+        ran = chosen(self.mesh), settings(self.mesh).degree
+        self._leave(wrapper)
         if plan.schedule == "plain" and ran == (chosen(self.mesh), settings(self.mesh).degree):
             return None
         return chosen(self.mesh), settings(self.mesh).degree
-
-
-def _step_s(facts: dict[str, Any]) -> float:
-    return facts["forward_s"] + facts["backward_s"] + facts["outside_s"]

@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lina import tracing
-from lina.parallel.auto import Auto, Options, agreed_cost, ordered
+from lina.parallel.auto import Auto, Options, agreed_cost
 from lina.parallel.experts import ExpertParameter, check_same, expert_parameters, spread_meshes
 from lina.parallel.gradients.hook import HookState, ordered_hook, over_meshes, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
+from lina.parallel.gradients.watched import ordered
 from lina.parallel.mesh import groups
 from lina.parallel.plan.decide import Plan
 from lina.parallel.settings import common, set_degree
@@ -170,8 +171,8 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             step on as they become ready, in one order on all ranks; before, and with
             ``find_unused_parameters`` or ``static_graph``, at the end of backward.
             "auto": plain for some steps, observed; then what is fastest by the cost model that `lina
-            profile` has saved, the same on all ranks, here too in the place of a comm hook, unless its
-            steps then take longer: back to plain. ``plan`` of the result says what, and why.
+            profile` has saved, the same on all ranks, here too in the place of a comm hook; then, measured
+            too, what another transport promises; then the fastest of all. ``plan`` says what, and why.
         degree: expert passes of the mesh's layers, forward and backward, 1 to 8 each: rows travel while
             others are computed. By default (3, 3) with "lina", but (1, 1) over "p2p", which takes equal ones;
             with "plain" what the mesh has; with "auto" the plan's.

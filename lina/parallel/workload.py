@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lina.parallel.mesh import ep_size
+from lina.parallel.mesh import ep_size, groups
 from lina.parallel.plan.observe import Call
 from lina.parallel.plan.packing import State
-from lina.parallel.plan.predict import LayerLoad, copies
+from lina.parallel.plan.predict import LayerLoad, Workload, copies
 from lina.parallel.slots import Layer, layers, slots
 
 # What all ranks have in common.
@@ -23,6 +24,32 @@ _SAME = ("experts", "top_k", "dim", "ffn_dim", "local", "dtype", "activation", "
 def spread_layers(model: nn.Module) -> list[tuple[str, Layer]]:
     return [(name.removeprefix("module."), layer) for name, layer in layers(model)
             if ep_size(layer.module.mesh) > 1]
+
+
+def step_s(facts: dict[str, Any]) -> float:
+    """Seconds of a step, of an Observer's facts."""
+    return facts["forward_s"] + facts["backward_s"] + facts["outside_s"]
+
+
+def observed(model: Any, mesh: DeviceMesh, device: torch.device, steps: list[dict[str, Any]],
+             notes: list[str]) -> tuple[Workload, str]:
+    """What the ranks' ``steps``, Observers' facts, say of a wrapped model; and why nothing can be predicted
+    of it, or nothing. What to know besides is added to ``notes``."""
+    found, world = spread_layers(model), groups(mesh).world.size()
+    load = Workload(world, ep_size(mesh), device.type, (), (sizes(model, []),), 0.0, 0.0, 0.0)
+    if not steps:
+        return load, "no step was seen whole: nothing is known"
+    most = max(len(s["calls"]) for s in steps)
+    calls = [[Call(**c) for c in s["calls"]] for s in steps if len(s["calls"]) == most]
+    if len({c.ep for rank in calls for c in rank}) > 1:
+        return load, "layers are spread over different numbers of ranks: left as they are"
+    names = [name for name, _ in found] if len(found) == most else [f"layer {i}" for i in range(most)]
+    loads = tuple(merged(name, list(ranks), notes) for name, *ranks in zip(names, *calls, strict=True))
+    slowest, ep = max(steps, key=step_s), calls[0][0].ep if most else 1
+    return Workload(world, ep, device.type, loads, segments(model, found, most), slowest["forward_s"],
+                    slowest["backward_s"], slowest["outside_s"], *bucket_bytes(model),
+                    # with replicas the end of backward holds their reductions too
+                    seen_dense_s=slowest["dense_s"] if most and ep == world else None), ""
 
 
 def merged(name: str, ranks: list[Call], notes: list[str]) -> LayerLoad:

@@ -56,12 +56,13 @@ class Plan:
     Attributes:
         transport, schedule, degree, micro_op_s, ep: how the model runs from here on.
         micro_op_bytes: of a full micro-op by ``link``, (alpha, beta) of an allreduce; 0 with "plain".
-        trials: all that was tried.  load: the step that was observed, with its dense seconds.
+        trials: all that was predicted.  load: the step that was observed, with its dense seconds.
         packing: a row for each ep, as csrc/plan/packing.h's.  packed_ep: the best; None: not known.
         reasons: one line each.  measured: the cost model's date.
-        measured_s: seconds of a step as it then ran, observed as the plain ones were; None until it is known.
-        left: the label in ``predicted`` of what ``measured_s`` is of, where that was slower than the plain
-            order and was left again; else empty.
+        tried: what ran, in turn: the index in ``trials``, and seconds of a step as it then ran, observed as
+            the plain ones were.
+        left: the label in ``predicted`` of what ran last, where all that was tried was slower than the plain
+            order and that was taken up again; else empty.
     """
 
     transport: str
@@ -77,7 +78,7 @@ class Plan:
     packed_ep: int | None
     reasons: tuple[str, ...]
     measured: str
-    measured_s: float | None = None
+    tried: tuple[tuple[int, float], ...] = ()
     left: str = ""
 
     @property
@@ -93,6 +94,12 @@ class Plan:
         """The trial that was chosen; None where nothing could be predicted."""
         mine = (self.transport, self.schedule, self.degree, self.micro_op_s, self.ep)
         return next((t for t in self.trials if dataclasses.astuple(t)[:5] == mine), None)
+
+    @property
+    def measured_s(self) -> float | None:
+        """Seconds of a step, measured: of what was chosen, or of ``left``; None until it is known."""
+        found = [s for i, s in self.tried if self.trials[i] == self.chosen] or [s for _, s in self.tried[-1:]]
+        return found[0] if found else None
 
     def as_json(self) -> dict[str, Any]:
         """JSON-able; :meth:`from_json` takes it back."""
@@ -121,23 +128,40 @@ class Plan:
         lines += [f"predicted {1e3 * s:10.2f} ms  {label}" for label, s in self.predicted.items()]
         lines += [f"{layer.name}: {layer.tokens:.0f} tokens, {layer.rows:.0f} rows to other ranks, pairs "
                   f"{layer.own_pairs:.0f} own and {layer.remote_pairs:.0f} remote" for layer in load.layers]
-        if self.measured_s is not None:
-            found = self.left or (self.chosen.label if self.chosen else self.schedule)
-            lines.append(f"measured  {1e3 * self.measured_s:10.2f} ms  {found}")
+        lines += [f"measured  {1e3 * s:10.2f} ms  {self.trials[i].label}" for i, s in self.tried]
         return "\n".join([*lines, *self.reasons])
 
-    def ran(self, step_s: float, back_to: tuple[str, tuple[int, int]] | None = None) -> Plan:
-        """This plan, whose steps took ``step_s``; ``back_to``: it is left for the plain order over that
-        transport, in those passes."""
-        if back_to is None:
-            return dataclasses.replace(self, measured_s=step_s)
-        name = self.chosen.label if self.chosen else self.schedule
+    def ran(self, step_s: float) -> Plan:
+        """This plan, whose steps took ``step_s``."""
+        if self.chosen is None:
+            return self
+        return dataclasses.replace(self, tried=(*self.tried, (self.trials.index(self.chosen), step_s)))
+
+    def promising(self, degree: tuple[int, int] | None, gain: float) -> Trial | None:
+        """What to run next: the best over transports that have not run, if its prediction is shorter than all
+        that was measured, by a share of ``gain`` or more."""
+        ran = {self.trials[i].transport for i, _ in self.tried}
+        rest = [t for t in self.trials if t.transport not in ran and t.ep == self.load.ep]
+        best = _pick(rest, degree) if rest else None
+        least = min([self.load.step_s, *(s for _, s in self.tried)])
+        return best if best is not None and best.step_s < least * (1 - gain) else None
+
+    def taking(self, trial: Trial, cost: CostModel, why: str) -> Plan:
+        """This plan, where ``trial`` runs from here on."""
+        link, size = _micro_ops(trial, self.load, cost)
+        return dataclasses.replace(
+            self, transport=trial.transport, schedule=trial.schedule, degree=trial.degree, ep=trial.ep,
+            micro_op_s=trial.micro_op_s, micro_op_bytes=size, link=link, reasons=(*self.reasons, why))
+
+    def back(self, transport: str, degree: tuple[int, int]) -> Plan:
+        """This plan, left for the plain order over that transport, in those passes."""
+        i, step_s = self.tried[-1]
+        name = self.trials[i].label
         reason = (f"{name} took {1e3 * step_s:.2f} ms, the steps before {1e3 * self.load.step_s:.2f}: "
-                  f"back to plain, {back_to[1][0]}/{back_to[1][1]} passes over {back_to[0]}")
-        size_s = self.trials[0].micro_op_s if self.trials else self.micro_op_s
-        return dataclasses.replace(self, transport=back_to[0], degree=back_to[1], schedule="plain",
-                                   micro_op_s=size_s, micro_op_bytes=0, link=(0.0, 0.0), measured_s=step_s,
-                                   left=name, reasons=(*self.reasons, reason))
+                  f"back to plain, {degree[0]}/{degree[1]} passes over {transport}")
+        return dataclasses.replace(
+            self, transport=transport, degree=degree, schedule="plain", micro_op_s=self.trials[0].micro_op_s,
+            micro_op_bytes=0, link=(0.0, 0.0), left=name, reasons=(*self.reasons, reason))
 
 
 def _tuples(value: Any) -> Any:
@@ -182,13 +206,18 @@ def decide(load: Workload, cost: CostModel, *, transports: tuple[str, ...],
             found = best
             reasons.append(f"experts move to ep {packed}")
     reasons += _why(load, cost, trials, found)
-    link, size = (0.0, 0.0), 0
-    if found.schedule == "lina" and load.world > 1:
-        line = links(cost, found.transport, "lina", ep=load.ep, world=load.world)[1]
-        link = line.alpha_s, line.beta_s
-        size = _C.Policy(link, found.micro_op_s, UNIT).size
+    link, size = _micro_ops(found, load, cost)
     return Plan(found.transport, found.schedule, found.degree, found.micro_op_s, found.ep, size, link,
                 tuple(trials), load, rows, packed, tuple(reasons), cost.date)
+
+
+def _micro_ops(trial: Trial, load: Workload, cost: CostModel) -> tuple[tuple[float, float], int]:
+    """The link that gradients travel over, and bytes of a micro-op."""
+    if trial.schedule == "plain" or load.world == 1:
+        return (0.0, 0.0), 0
+    line = links(cost, trial.transport, "lina", ep=trial.ep, world=load.world)[1]
+    link = line.alpha_s, line.beta_s
+    return link, _C.Policy(link, trial.micro_op_s, UNIT).size
 
 
 def unchanged(load: Workload, transport: str, degree: tuple[int, int], *reasons: str) -> Plan:
