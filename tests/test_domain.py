@@ -180,6 +180,15 @@ def test_reducer_and_tokens_share_a_gpu(fake: Fake, monkeypatch) -> None:
     assert "disagree on blocks: [2, 3]" in text[0] and text[0] == text[1]
     assert fake.ranks(lambda r: reducers[r].close()) == [None, None] and not domain._mapped
 
+    def all_reduce(self, *args, **options) -> None:
+        if self._domain.rank == 1:
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(peer_reduce.PeerReducer, "all_reduce", all_reduce)
+    for error in fake.ranks(lambda r: peer_reduce.PeerReducer(fake.group(r))):
+        assert "the first sums failed: rank 1: no kernel" in str(error), error
+    assert not domain._mapped
+
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_exit_lets_work_end_first(fake: Fake, monkeypatch, ends: bool) -> None:

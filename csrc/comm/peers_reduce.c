@@ -88,6 +88,8 @@ int lina_peers_reduce(lina_peers *p, lina_peers_reduce_args *a, bool gently, voi
   }
 done:
   lina_peers_leave(p, before);
+  /* half of it done: no later call may go on from there */
+  if (rc != LINA_OK && a->turn > 0) (void)lina_peers_stop(p, LINA_PEERS_FAILED, stream);
   return rc;
 }
 #else

@@ -158,7 +158,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
   }
   __syncthreads();
   if (begun == DONE) return;
-  bool lost = failed, left = false; /* both change between a step's barriers alone */
+  bool lost = failed, left = false;
+  __syncthreads(); /* from here on both change between a step's barriers alone */
   /* as many as a peer may send unheard, or a longer call of a peer would look like a later one */
   const uint64_t start = first, end = start + (mine > DEPTH ? mine : DEPTH);
   bool gives_way = a.priority != NULL;
@@ -196,7 +197,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     } else if (warp == 1) {
       if (lane == 0 && gives_way && (s < mine || (SCATTER && summed < mine))) {
         if (raised && a.leaves)
-          leaving = 1;
+          leaving = 1, tell(a, a.turn, 1);
         else if (raised)
           gives_way = give_way(a, itself);
         look(s + 1);

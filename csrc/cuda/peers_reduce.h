@@ -26,15 +26,15 @@
  * all peers' flags seen, so the next begins with all tiles but the last D known to be
  * summed, and sends D + 1 tiles, 2D + 1 slots in all, before it has seen a new flag.
  *
- * Giving way: `priority` is the word of comm/priority.h. In each step one block reads it and tells the
- * others. A reduction is several launches, `turn` 0, 1, ..., each of which goes on where the one
- * before left; between them the stream waits for the word to be 0. Where a block sees it
+ * Giving way: `priority` is the word of comm/priority.h. Blocks read it in turns, by their steps, and
+ * tell the others. A reduction is several launches, `turn` 0, 1, ..., each of which goes on where the
+ * one before left; between them the stream waits for the word to be 0. Where a block hears that it is
  * raised, be it while it waits for a peer, it ends (`leaves`): the experts beside an all-to-all need
  * all SMs. The next turn does its step again, of which nothing was flagged or summed; most have
  * nothing left to do. In the last turn a block stays, and sends no further tile while the
  * word is not 0; where that lasts for hold_ns, it goes on and heeds the word no more.
  *
- * A wait ends after timeout_ns, when the host aborts, when the peer reduces something
+ * A wait ends timeout_ns after the turn has begun it, when the host aborts, when the peer reduces something
  * else (count, dtype, mean), or when the peer failed; then `word` tells the host what was
  * waited for, data becomes NaN on this rank, and on the peers in turn.
  *

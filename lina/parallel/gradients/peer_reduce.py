@@ -37,7 +37,8 @@ class PeerReducer:
     Raises:
         SeveralHosts: the ranks share no memory.
         ValueError: a group this cannot work for otherwise, or an argument outside its limits.
-        RuntimeError: lina was built without CUDA, or the ranks cannot map each other's memory.
+        RuntimeError: lina was built without CUDA, or the ranks cannot map each other's memory, or cannot sum
+            over it; on all of them.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, blocks: int | None = None, tile_bytes: int = 1 << 16,
@@ -53,10 +54,18 @@ class PeerReducer:
         self._memory: Mapped | None = domain.map(
             lambda: _C.peers_reduce_make(domain.rank, domain.ep, *self._shape, domain.timeout_s))
         self._memory.stream = self.stream
-        for dtype in DTYPES:               # loads the kernels, while nothing waits for anything
-            self.all_reduce(torch.zeros(1, dtype=dtype, device=self.device), gently=False)
-        self.stream.synchronize()
-        self.check()
+        wrong = ""
+        try:
+            for dtype in DTYPES:           # loads the kernels, while nothing waits for anything
+                self.all_reduce(torch.zeros(1, dtype=dtype, device=self.device), gently=False)
+            self.stream.synchronize()
+            self.check()
+        except RuntimeError as error:
+            wrong = str(error)
+        bad = [f"rank {r}: {text}" for r, text in enumerate(domain.gather("first sums", wrong)) if text]
+        if bad:
+            self.close()
+            raise RuntimeError(f"p2p reduce: the first sums failed: {'; '.join(bad)}")
 
     def all_reduce(self, flat: Tensor, *, mean: bool = True, gently: bool = True) -> None:
         """In place, on the reduce stream, after what the current stream holds so far.

@@ -1,8 +1,8 @@
 """Gradient micro-ops: what waits for all-to-alls to pass, one at a time, in one order on all ranks.
 
 HostQueue is driven by the host, for c10d. A thread asks the policy (csrc/plan/policy.h) what may
-start, reduces that piece and waits for it. DeviceQueue hands all pieces to NCCL at once; there the
-device itself holds each of them back (transport/nccl.py).
+start, reduces that piece and waits for it. DeviceQueue launches all pieces at
+once; there the device itself holds each of them back (peer_reduce.py, transport/nccl.py).
 
 No deadlock: the thread starts pieces in the order of submission, which is the same on every rank;
 it waits for all-to-alls, and these wait for no gradient. So on the rank that is furthest behind
@@ -263,8 +263,10 @@ class DeviceQueue:
         over_peers = self._peers and dtype in DTYPES and 2 <= group.size() <= MAX_RANKS
         found = self._reducers.get((group, over_peers))
         if found is None:
-            made = self._over_peers(group) if over_peers else None
-            found = made or self._reducers.get((group, False)) or Reducer(group, *self._model)
+            found = self._over_peers(group) if over_peers else None
+            if found is None:
+                found = self._reducers.get((group, False)) or Reducer(group, *self._model)
+                self._reducers[group, False] = found
             self._reducers[group, over_peers] = found
         return found
 
@@ -282,6 +284,6 @@ class DeviceQueue:
 
     def close(self) -> None:
         """See Queue."""
-        for reducer in set(self._reducers.values()):
+        for reducer in dict.fromkeys(self._reducers.values()):      # in one order on all ranks
             reducer.close()
         self._reducers.clear()

@@ -216,7 +216,7 @@ class Reducer:
 
     def fast(self) -> bool:
         """Whether bytes leave every rank as they do over NVLink; collective."""
-        ranks, flat = self.group.size(), torch.zeros(_PROBE_BYTES // 2, device=self.device)
+        ranks, flat = self.group.size(), torch.zeros(_PROBE_BYTES // 4, device=self.device)
         rate = _rate(self.stream, 2 * (ranks - 1) * flat.nbytes // ranks,
                      lambda: self.all_reduce(flat, gently=False))
         slow = torch.full((1,), float(rate < _SLOW_BYTES_S), device=self.device)
