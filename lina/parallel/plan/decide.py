@@ -141,7 +141,7 @@ class Plan:
         """What to run next: the best over transports that have not run, if its prediction is shorter than all
         that was measured, by a share of ``gain`` or more."""
         ran = {self.trials[i].transport for i, _ in self.tried}
-        rest = [t for t in self.trials if t.transport not in ran and t.ep == self.load.ep]
+        rest = [t for t in self.trials[1:] if t.transport not in ran and t.ep == self.load.ep]  # first: seen
         best = _pick(rest, degree) if rest else None
         least = min([self.load.step_s, *(s for _, s in self.tried)])
         return best if best is not None and best.step_s < least * (1 - gain) else None
