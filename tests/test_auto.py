@@ -146,7 +146,7 @@ def test_what_was_seen_outside_layers_is_dense():
     slow, as_promised = alike.ran(1.1 * alike.chosen.step_s), alike.ran(alike.chosen.step_s)
     assert slow.promising((1, 1), 0.02).transport == "nccl" and as_promised.promising((1, 1), 0.02) is None
     over_nccl = alike.taking(next(t for t in alike.trials if t.transport == "nccl"), cost(), "").ran(0.405)
-    assert over_nccl.promising((1, 1), 0.02).label == "c10d lina 1/1, ep 4", "the plain order was seen already"
+    assert over_nccl.promising((1, 1), 0.02).label == "c10d lina 1/1, ep 4", "the plain order was seen"
     right = dataclasses.replace(seen, forward_s=exchanges + rest - 0.21, backward_s=0.2)
     assert not any("would have" in reason for reason in decide(right, cost(), transports=("c10d",)).reasons)
 
