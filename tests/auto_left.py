@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch.distributed as dist
@@ -72,6 +74,43 @@ def left_transport(device) -> None:
 PLAIN_S = 90.0
 
 
+@contextmanager
+def scripted(*seconds: float) -> Iterator[None]:
+    """Steps are seen to take these, in turn; all of them are looked at."""
+    facts, given = Observer.facts, iter(seconds)
+
+    def told(observer):
+        half_s = next(given) / 2
+        return {**facts(observer), "forward_s": half_s, "backward_s": half_s, "outside_s": 0.0}
+
+    with mock.patch.object(Observer, "facts", told):
+        yield
+    assert next(given, None) is None, "fewer were measured"
+
+
+def moved(device, steps: str, regroup: str) -> None:
+    """On a link this slow every expert everywhere is best; with regroup=True it comes about, and is undone
+    where it takes longer than the plain steps."""
+    save("far")
+    world, measured = dist.get_world_size(), [*map(float, filter(None, steps.split(",")))]
+    plain, total = build(device, lina.mesh(ep=world)), (len(measured) + 2) * (OBSERVE + 1)
+    want = train(*plain, total)
+    with mock.patch.object(auto, "SLOWER", 0.02), scripted(PLAIN_S, *measured):
+        wrapped, net, optimizer = build(device, lina.mesh(ep=world), schedule="auto", observe=OBSERVE,
+                                        regroup=regroup == "True")
+        got = train(wrapped, net, optimizer, OBSERVE + 1)
+        assert net.moe1.experts.local == (8 if measured else 8 // world), f"{wrapped.plan}"
+        got += train(wrapped, net, optimizer, total - len(got), first=len(got))
+    plan, stays = wrapped.plan, bool(measured) and measured[0] < PLAIN_S
+    assert wrapped._auto is None and len(set(everyone(repr(plan)))) == 1
+    assert plan.packed_ep == 1 and {row["ep"] for row in plan.packing} == {1, world}
+    assert plan.ep == (1 if stays else world) and bool(plan.left) == (bool(measured) and not stays), f"{plan}"
+    assert [s for i, s in plan.tried if plan.trials[i].ep == 1] == measured
+    assert net.moe1.experts.local == (8 if stays else 8 // world)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_same(a, b, f"{steps}: loss {i}")
+
+
 def next_best(device, steps: str, runs: str) -> None:
     """Two transports, of which the plan takes the one with the faster link; ``steps``: the seconds that are
     then measured, in turn; ``runs``: what ran for each, by its transport, and what holds in the end."""
@@ -84,16 +123,10 @@ def next_best(device, steps: str, runs: str) -> None:
     *ran, holds = runs.split(",")
     total = (len(ran) + 2) * (OBSERVE + 1)
     want = train(*plain, total)
-    facts, given = Observer.facts, iter([PLAIN_S, *measured])
     seen: list[str] = []
-
-    def scripted(observer):
-        half_s = next(given) / 2
-        return {**facts(observer), "forward_s": half_s, "backward_s": half_s, "outside_s": 0.0}
-
     with (mock.patch.object(auto, "SLOWER", 0.02), mock.patch.dict(carriers.makers, nccl=C10d),
           mock.patch.object(auto, "_transports", lambda *_: ("c10d", "nccl")),
-          mock.patch.object(Observer, "facts", scripted)):
+          scripted(PLAIN_S, *measured)):
         wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE)
         got = train(wrapped, net, optimizer, OBSERVE + 1)
         for i in range(len(ran)):
@@ -103,7 +136,7 @@ def next_best(device, steps: str, runs: str) -> None:
             got += train(wrapped, net, optimizer, OBSERVE + 1, first=len(got))
         got += train(wrapped, net, optimizer, total - len(got), first=len(got))
     plan = wrapped.plan
-    assert seen == ran and wrapped._auto is None and next(given, None) is None, f"{seen} {plan}"
+    assert seen == ran and wrapped._auto is None, f"{seen} {plan}"
     assert [s for _, s in plan.tried] == measured and len(set(everyone(repr(plan)))) == 1
     where = f"{plan.transport} {plan.schedule}"
     assert holds == ("back" if plan.left else plan.transport), f"{where}: {plan}"

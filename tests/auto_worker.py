@@ -10,17 +10,17 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from auto_case import DENSE, FREE, GIVEN, KINDS, OBSERVE, STEPS, TOKENS, assert_same, build, save, train
-from auto_left import left, left_transport, next_best, on_gpus
+from auto_left import left, left_transport, moved, next_best, on_gpus
 from parallel_worker import batch, error_of, everyone, loss_of, spread_net, whole_net
 from torch import nn
 
 import lina
 from lina import parallel
-from lina.parallel import CostModel, auto, machine_facts
+from lina.parallel import CostModel, machine_facts
 from lina.parallel.tokens import dispatch
 from lina.parallel.transport.c10d import C10d
 
-__all__ = ["left", "left_transport", "next_best", "on_gpus"]          # scenarios as those below
+__all__ = ["left", "left_transport", "moved", "next_best", "on_gpus"]          # scenarios as those below
 
 
 def chosen(device, kind: str) -> None:
@@ -34,7 +34,7 @@ def chosen(device, kind: str) -> None:
                                     **GIVEN.get(kind, {}))
     seen = []
     facts = wrapped._auto._facts
-    wrapped._auto._facts = lambda model: seen.append(facts(model)) or seen[0]
+    wrapped._auto._facts = lambda model: seen.append(facts(model)) or seen[-1]
     got = train(wrapped, net, optimizer, OBSERVE)
     assert wrapped.plan is None and parallel.settings(mesh).degree == (1, 1)
     with torch.no_grad():                      # no step, and on no account the moment of the decision
@@ -161,26 +161,6 @@ def apart(device) -> None:
             slow = 4 * exchange                          # two layers, rows out and back
             assert whole[name] >= dense[way] + slow, whole
             assert dense[way] <= seen[way] < dense[way] + slow / 2, (degree, seen, whole)
-
-
-def moved(device) -> None:
-    """On a link this slow every expert everywhere is best; with regroup=True it comes about."""
-    save("far")
-    world = dist.get_world_size()
-    plain = build(device, lina.mesh(ep=world))
-    want = train(*plain, STEPS)
-    for regroup in (False, True):
-        wrapped, net, optimizer = build(device, lina.mesh(ep=world), schedule="auto", observe=OBSERVE,
-                                        regroup=regroup)
-        with mock.patch.object(auto, "SLOWER", -1.0 if regroup else auto.SLOWER):
-            got = train(wrapped, net, optimizer, STEPS)
-        plan = wrapped.plan
-        assert plan.left == "" and plan.measured_s > 0, "what has moved stays"
-        assert plan.packed_ep == 1 and {row["ep"] for row in plan.packing} == {1, world}
-        assert plan.ep == (1 if regroup else world)
-        assert net.moe1.experts.local == (8 if regroup else 8 // world)
-        for i, (a, b) in enumerate(zip(got, want, strict=True)):
-            assert_same(a, b, f"regroup={regroup}: loss {i}")
 
 
 def failing(device) -> None:

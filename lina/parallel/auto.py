@@ -8,8 +8,9 @@
        the host;
     5. from there as many steps are observed again. Where another transport promises less than the least that
        was measured, the best way over that is next, each transport once;
-    6. then the fastest that was measured holds: of the plans, unless the plain order took less than all: then
-       all ranks go back to what ran before. Where experts have moved, the plan stays.
+    6. so is, with ``regroup``, another ep that promises as much: experts move there;
+    7. then the fastest that was measured holds: of the plans, unless the plain order took less than all: then
+       all ranks go back to what ran before. Experts move back for that.
 
 Source: Lina, arXiv:2210.17223, section 5, packs experts after ten steps of observation. Differs: degrees
 and order of gradients are chosen too, by a cost model, FSMoE, arXiv:2501.10714, section 4.
@@ -161,7 +162,7 @@ class Auto:
         plan, *_ = together("ddp: schedule 'auto'", group, lambda: self._plan(wrapper, said).as_json()
                             if group.rank() == 0 else None)
         self.plan = wrapper.plan = Plan.from_json(plan)
-        self._apply(wrapper, self.plan)
+        self._apply(wrapper, self.plan, not any(s["refused"] for s in said))
 
     def _facts(self, wrapper: Any) -> dict[str, Any]:
         """What only this rank knows."""
@@ -195,18 +196,15 @@ class Auto:
         except ValueError as error:
             return unplanned(f"nothing can be predicted: {error}", *notes)
 
-    def _apply(self, wrapper: Any, plan: Plan) -> None:
+    def _apply(self, wrapper: Any, plan: Plan, move: bool) -> None:
         _log.info("%s", plan)
-        now = chosen(self.mesh), settings(self.mesh).degree, "plain", plan.load.ep
-        if plan.ep != plan.load.ep:
-            self.mesh = regroup(wrapper, self.options.optimizer, plan.ep)
+        now = chosen(self.mesh), settings(self.mesh).degree, "plain"
         found = meshes(wrapper, self.mesh)
         self.former = [(mesh, settings(mesh).transport, settings(mesh).degree) for mesh in found]
         for mesh in found:
             settings(mesh).transport, settings(mesh).degree = plan.transport, plan.degree
-        self.options.optimizer = None
-        if now == (plan.transport, plan.degree, plan.schedule, plan.ep):
-            self._go_on(wrapper, plan.ran(plan.load.step_s))
+        if now == (plan.transport, plan.degree, plan.schedule):
+            self._go_on(wrapper, plan.ran(plan.load.step_s), move)
 
     def _enter(self, wrapper: Any) -> None:
         """From this step on gradients let all-to-alls pass, if they shall, and steps are observed again."""
@@ -226,25 +224,28 @@ class Auto:
     def _compare(self, wrapper: Any, plan: Plan) -> None:
         """What came of the plan; on all ranks, by the same numbers."""
         self.order.watched = False
-        said = together("ddp: schedule 'auto'", groups(self.mesh).world, self.observer.facts)
-        facts = [step for step in said if step is not None]
+        said = together("ddp: schedule 'auto'", groups(self.mesh).world, lambda: self._facts(wrapper))
+        facts = [one["step"] for one in said if one["step"] is not None]
         if not facts or not plan.trials:
             self._end()                        # nothing to compare, or with
         else:
-            self._go_on(wrapper, plan.ran(max(map(step_s, facts))))
+            self._go_on(wrapper, plan.ran(max(map(step_s, facts))), not any(one["refused"] for one in said))
 
-    def _go_on(self, wrapper: Any, plan: Plan) -> None:
-        """Try what promises more than all that was measured, or end with the fastest."""
-        stays = plan.ep != plan.load.ep or not plan.tried
+    def _go_on(self, wrapper: Any, plan: Plan, move: bool) -> None:
+        """Try what promises more than what was measured, or end with the fastest; ``move``: experts may."""
+        move = move and self.options.regroup
         # a hook of the user's serves one transport
-        more = None if stays or self.options.hook else plan.promising(self.options.degree, SLOWER)
+        tries = plan.tried and not self.options.hook and (move or plan.ep == plan.load.ep)
+        more = plan.promising(self.options.degree, SLOWER, move) if tries else None
         best, least = min((t for t in plan.tried if t[0] != 0), key=lambda t: t[1], default=(0, 0.0))
+        back_s = plan.load.step_s * (1 + SLOWER)
+        home = plan.load.ep if least > back_s else plan.trials[best].ep if plan.tried else plan.ep
         if more is not None:
             why = f"{more.label} promises {1e3 * more.step_s:.2f} ms, less than all that was measured"
             self._take(wrapper, plan, more, why)
-        elif stays or best == 0:               # the plain order ran, and nothing else
+        elif best == 0 or (home != plan.ep and not move):      # nothing else ran, or experts cannot move back
             self._end(wrapper, plan)
-        elif least > plan.load.step_s * (1 + SLOWER):
+        elif least > back_s:
             back = self._back(wrapper, plan)
             self._end(wrapper, plan if back is None else plan.back(*back))
         elif plan.trials[best] != plan.chosen:
@@ -255,24 +256,28 @@ class Auto:
         _log.info("%s", self.plan)
 
     def _take(self, wrapper: Any, plan: Plan, trial: Trial, why: str) -> None:
-        """Another way to run: its transport and passes now, its order of gradients from the next step."""
-        self._leave(wrapper)
+        """Another way to run: where experts are, transport and passes now, the order of gradients from the
+        next step on."""
+        self._leave(wrapper, trial.ep)
         self.plan = wrapper.plan = plan.taking(trial, self.cost, why)
-        for mesh, *_ in self.former:
+        for mesh in meshes(wrapper, self.mesh):
             settings(mesh).transport, settings(mesh).degree = trial.transport, trial.degree
         self.entered = False
 
     def _end(self, wrapper: Any = None, plan: Plan | None = None) -> None:
         if plan is not None:
             self.plan = wrapper.plan = plan
-        self.order.watched, self.done = False, True
+        self.order.watched, self.done, self.options.optimizer = False, True, None
 
-    def _leave(self, wrapper: Any) -> None:
-        """Settings and the order of gradients are as before the plan; but a degree that was given stays."""
+    def _leave(self, wrapper: Any, ep: int) -> None:
+        """Settings and the order of gradients are as before the plan, but a degree that was given stays; and
+        experts are spread over ``ep`` ranks."""
         gently, self.order.gently = self.order.gently, None
         wrapper.gently, self.order.sequence = None, wrapper.expert_reducer.carry(None)
         if gently is not None and self.options.hook is None:   # before the transport is another one
             gently.queue(self.device).close()  # all ranks' devices are done: the observer has waited
+        if ep_size(self.mesh) != ep:
+            self.mesh = regroup(wrapper, self.options.optimizer, ep)
         given = self.options.degree            # it stays, where the transport can have it
         for mesh, transport, degree in self.former:
             settings(mesh).transport = transport
@@ -281,8 +286,7 @@ class Auto:
 
     def _back(self, wrapper: Any, plan: Plan) -> tuple[str, tuple[int, int]] | None:
         """The transport and degrees that hold from here on; None: there is nothing to go back to."""
-        ran = chosen(self.mesh), settings(self.mesh).degree
-        self._leave(wrapper)
-        if plan.schedule == "plain" and ran == (chosen(self.mesh), settings(self.mesh).degree):
-            return None
-        return chosen(self.mesh), settings(self.mesh).degree
+        ran = plan.schedule, chosen(self.mesh), settings(self.mesh).degree, plan.ep
+        self._leave(wrapper, plan.load.ep)
+        now = chosen(self.mesh), settings(self.mesh).degree
+        return None if ran == ("plain", *now, plan.load.ep) else now

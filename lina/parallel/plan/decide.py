@@ -137,12 +137,15 @@ class Plan:
             return self
         return dataclasses.replace(self, tried=(*self.tried, (self.trials.index(self.chosen), step_s)))
 
-    def promising(self, degree: tuple[int, int] | None, gain: float) -> Trial | None:
-        """What to run next: the best over transports that have not run, if its prediction is shorter than all
-        that was measured, by a share of ``gain`` or more."""
-        ran = {self.trials[i].transport for i, _ in self.tried}
-        rest = [t for t in self.trials[1:] if t.transport not in ran and t.ep == self.load.ep]  # first: seen
-        best = _pick(rest, degree) if rest else None
+    def promising(self, degree: tuple[int, int] | None, gain: float, move: bool = False) -> Trial | None:
+        """What to run next: the best over a transport that has not run, or with experts moved (``move``: they
+        may), if its prediction is shorter than all that was measured, by a share of ``gain`` or more."""
+        def kind(t: Trial) -> tuple[int, str]:
+            return t.ep, t.transport if t.ep == self.load.ep else ""
+
+        ran = {kind(self.trials[i]) for i, _ in self.tried}
+        rest = [t for t in self.trials[1:] if kind(t) not in ran and (move or t.ep == self.load.ep)]
+        best = _pick(rest, degree) if rest else None           # the first of all was seen
         least = min([self.load.step_s, *(s for _, s in self.tried)])
         return best if best is not None and best.step_s < least * (1 - gain) else None
 
@@ -160,8 +163,9 @@ class Plan:
         reason = (f"{name} took {1e3 * step_s:.2f} ms, the steps before {1e3 * self.load.step_s:.2f}: "
                   f"back to plain, {degree[0]}/{degree[1]} passes over {transport}")
         return dataclasses.replace(
-            self, transport=transport, degree=degree, schedule="plain", micro_op_s=self.trials[0].micro_op_s,
-            micro_op_bytes=0, link=(0.0, 0.0), left=name, reasons=(*self.reasons, reason))
+            self, transport=transport, degree=degree, schedule="plain", ep=self.load.ep,
+            micro_op_s=self.trials[0].micro_op_s, micro_op_bytes=0, link=(0.0, 0.0), left=name,
+            reasons=(*self.reasons, reason))
 
 
 def _tuples(value: Any) -> Any:
@@ -177,7 +181,7 @@ def decide(load: Workload, cost: CostModel, *, transports: tuple[str, ...],
 
     Args:
         transports: that may be chosen.  degree, micro_op_s: given, or None to choose.
-        state: of a rank, for packing.  may_move: whether another ep may be chosen.
+        state: of a rank, for packing.  may_move: whether another ep is predicted, for :meth:`Plan.promising`.
 
     Raises:
         ValueError: the cost model lacks a link, or a dtype of experts.
@@ -197,14 +201,8 @@ def decide(load: Workload, cost: CostModel, *, transports: tuple[str, ...],
             rows, packed = tuple(packs["rows"]), packs["ep"]
             reasons.append(packing_reason(packs, load.ep))
     if may_move and packed is not None and packed != load.ep:
-        apart = tuple(layer.spread(packed) for layer in load.layers)
-        moved = dataclasses.replace(load, ep=packed, layers=apart)
-        there = _tried(moved, cost, transports, degree, micro_op_s)
-        best = _pick(there, degree)
-        trials += there
-        if best.step_s < found.step_s * (1 - WORTH):
-            found = best
-            reasons.append(f"experts move to ep {packed}")
+        moved = dataclasses.replace(load, ep=packed, layers=tuple(x.spread(packed) for x in load.layers))
+        trials += _tried(moved, cost, transports, degree, micro_op_s)
     reasons += _why(load, cost, trials, found)
     link, size = _micro_ops(found, load, cost)
     return Plan(found.transport, found.schedule, found.degree, found.micro_op_s, found.ep, size, link,
