@@ -135,19 +135,21 @@ def in_backward(observer, grad) -> None:
 def apart(device) -> None:
     """What is seen outside the layers is what is slow there, and no exchange counts, slow as it is."""
     save("free")
-    dense, exchange, tokens = (0.03, 0.05), 0.03, TOKENS + 3 * dist.get_rank()
+    dense, exchange, tokens = (0.06, 0.1), 0.03, TOKENS + 3 * dist.get_rank()
 
     def slowly(*args, **kw):
         time.sleep(exchange)
         return exchanged(*args, **kw)
 
     exchanged, start = dispatch._exchange, C10d.start
+    half = dense[0] / 2, dense[1] / 2          # between two layers, and between router and experts
     for degree in ((1, 1), (2, 2)):            # separate nodes of autograd, and a single one
         mesh = lina.mesh(ep=dist.get_world_size())
         parallel.settings(mesh).degree = degree
         observer = parallel.plan.observe.Observer(device)
         net = spread_net(whole_net("softmax", device), "softmax", mesh)
-        net.middle.register_forward_hook(lambda module, given, out: Slow.apply(out, dense))
+        net.middle.register_forward_hook(lambda module, given, out: Slow.apply(out, half))
+        net.moe1.experts.register_forward_pre_hook(lambda module, given: (Slow.apply(given[0], half), *given[1:]))
         with (mock.patch.object(dispatch, "_exchange", slowly),
               mock.patch.object(C10d, "start", lambda *args: time.sleep(exchange) or start(*args))):
             for step in range(3):

@@ -241,6 +241,8 @@ def test_packing_moves_only_where_it_may():
     kept = decide(load(), free, transports=("c10d",), state=state)
     assert kept.packed_ep == 1 and [row["ep"] for row in kept.packing] == [1, 2, 4]
     assert promise(free) == 1 and promise(free, may=False) is None and promise(free, move=False) is None
+    given = decide(load(), free, transports=("c10d", "nccl"), degree=(3, 3), state=state, may_move=True)
+    assert given.ran(given.chosen.step_s).promising((3, 3), 0.01, True).ep == 1, "where there are no passes"
     dear = cost(a2a=Line(0.0, 1e-12, 1.0))                 # 12 M parameters more to reduce, nothing to save
     assert promise(dear) is None
     tight = dataclasses.replace(state, memory=4 * 2 * 3 * MB * 16.0)     # for the experts that are here

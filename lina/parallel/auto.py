@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -35,9 +36,8 @@ from lina.parallel.plan.cost import CostModel
 from lina.parallel.plan.decide import Plan, Trial, decide, unchanged
 from lina.parallel.plan.observe import Observer
 from lina.parallel.plan.predict import links
-from lina.parallel.regroup import regroup
+from lina.parallel.regroup import check_movable, regroup
 from lina.parallel.settings import TRANSPORTS, Settings, chosen, meshes, settings
-from lina.parallel.slots import check_gradients, layers, slots
 from lina.parallel.workload import observed, spread_layers, state, step_s
 
 SLOWER = 0.02          # than the plain order: then the plan is left again; and what another has to promise
@@ -169,7 +169,7 @@ class Auto:
         refused = ""
         if self.options.regroup:
             try:
-                check_gradients(wrapper, slots(layers(wrapper)))
+                check_movable(wrapper, self.options.optimizer)
             except ValueError as error:
                 refused = str(error)
         room = None
@@ -226,10 +226,11 @@ class Auto:
         self.order.watched = False
         said = together("ddp: schedule 'auto'", groups(self.mesh).world, lambda: self._facts(wrapper))
         facts = [one["step"] for one in said if one["step"] is not None]
-        if not facts or not plan.trials:
+        if not plan.trials or not (facts or plan.tried):
             self._end()                        # nothing to compare, or with
-        else:
-            self._go_on(wrapper, plan.ran(max(map(step_s, facts))), not any(one["refused"] for one in said))
+        else:                                  # none seen whole: all that was measured is better
+            took = max(map(step_s, facts), default=math.inf)
+            self._go_on(wrapper, plan.ran(took), not any(one["refused"] for one in said))
 
     def _go_on(self, wrapper: Any, plan: Plan, move: bool) -> None:
         """Try what promises more than what was measured, or end with the fastest; ``move``: experts may."""
@@ -276,7 +277,7 @@ class Auto:
         wrapper.gently, self.order.sequence = None, wrapper.expert_reducer.carry(None)
         if gently is not None and self.options.hook is None:   # before the transport is another one
             gently.queue(self.device).close()  # all ranks' devices are done: the observer has waited
-        if ep_size(self.mesh) != ep:
+        if self.plan is not None and self.plan.ep != ep:       # of the layers: the wrapper's mesh may differ
             self.mesh = regroup(wrapper, self.options.optimizer, ep)
         given = self.options.degree            # it stays, where the transport can have it
         for mesh, transport, degree in self.former:

@@ -92,6 +92,15 @@ def regroup(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None,
     return new
 
 
+def check_movable(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
+    """ValueError for what :func:`regroup` would refuse on this rank: gradients, or an optimizer's state."""
+    parts = slots(layers(model))
+    check_gradients(model, parts)
+    optimizers = _optimizers(optimizer)
+    for slot in parts:
+        _facts(slot, optimizers)
+
+
 def _optimizers(given: Any) -> list[Optimizer]:
     found = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     for optimizer in found:

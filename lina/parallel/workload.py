@@ -46,10 +46,12 @@ def observed(model: Any, mesh: DeviceMesh, device: torch.device, steps: list[dic
     names = [name for name, _ in found] if len(found) == most else [f"layer {i}" for i in range(most)]
     loads = tuple(merged(name, list(ranks), notes) for name, *ranks in zip(names, *calls, strict=True))
     slowest, ep = max(steps, key=step_s), calls[0][0].ep if most else 1
+    dense = [s["dense_s"] for s in steps]      # who waits for others has as long a step, and less of it
     return Workload(world, ep, device.type, loads, segments(model, found, most), slowest["forward_s"],
                     slowest["backward_s"], slowest["outside_s"], *bucket_bytes(model),
                     # with replicas the end of backward holds their reductions too
-                    seen_dense_s=slowest["dense_s"] if most and ep == world else None), ""
+                    seen_dense_s=None if None in dense or not most or ep != world else
+                    (max(s for s, _ in dense), max(s for _, s in dense))), ""
 
 
 def merged(name: str, ranks: list[Call], notes: list[str]) -> LayerLoad:

@@ -97,7 +97,8 @@ class Plan:
 
     @property
     def measured_s(self) -> float | None:
-        """Seconds of a step, measured: of what was chosen, or of ``left``; None until it is known."""
+        """Seconds of a step, measured: of what holds, or of ``left`` if that was not tried; None until it is
+        known."""
         found = [s for i, s in self.tried if self.trials[i] == self.chosen] or [s for _, s in self.tried[-1:]]
         return found[0] if found else None
 
@@ -145,7 +146,8 @@ class Plan:
 
         ran = {kind(self.trials[i]) for i, _ in self.tried}
         rest = [t for t in self.trials[1:] if kind(t) not in ran and (move or t.ep == self.load.ep)]
-        best = _pick(rest, degree) if rest else None           # the first of all was seen
+        each = [_pick([t for t in rest if kind(t) == k], degree) for k in dict.fromkeys(map(kind, rest))]
+        best = min(each, key=lambda t: t.step_s, default=None)         # the first of all was seen
         least = min([self.load.step_s, *(s for _, s in self.tried)])
         return best if best is not None and best.step_s < least * (1 - gain) else None
 

@@ -44,16 +44,21 @@ class Call:
 
 
 class Span:
-    """One layer's time, forward and backward: from what its results' gradient is there, to its inputs'."""
+    """One layer's time, forward and backward: from when its results' gradient is there, to its inputs'."""
 
     def __init__(self, now: Callable[[], Any]) -> None:
         self._now = now
         self.forward = [now()]
         self.backward: list[Any] = []
 
+    def enters(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """What the layer is to take instead of these: their gradients come as soon as it is done, before
+        whatever lies between it and where these were computed."""
+        return tuple(t.view_as(t) if t.requires_grad else t for t in given)
+
     def ends(self, out: Tensor, *given: Tensor) -> None:
-        """Forward, with ``out``; backward with the gradient of the first of ``given`` that was computed: a
-        leaf would keep the hook."""
+        """Forward, with ``out``; backward with the gradient of the first of ``given``, what entered, that has
+        one."""
         self.forward.append(self._now())
         first = next((t for t in given if t.grad_fn is not None), None)
         if out.requires_grad and first is not None:

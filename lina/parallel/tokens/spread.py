@@ -79,6 +79,8 @@ def moe(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w_down
         eagerly(saw_layer)(*seen)
         return _carried(x_TD, weight_TK, expert_TK, w_up, w_down, experts, mesh, options)
     span = saw_layer(*seen)
+    if span is not None:
+        weight_TK, x_TD = span.enters(weight_TK, x_TD)
     out_TD = _carried(x_TD, weight_TK, expert_TK, w_up, w_down, experts, mesh, options)
     if span is not None:
         span.ends(out_TD, weight_TK, x_TD)
