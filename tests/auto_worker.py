@@ -149,7 +149,8 @@ def apart(device) -> None:
         observer = parallel.plan.observe.Observer(device)
         net = spread_net(whole_net("softmax", device), "softmax", mesh)
         net.middle.register_forward_hook(lambda module, given, out: Slow.apply(out, half))
-        net.moe1.experts.register_forward_pre_hook(lambda module, given: (Slow.apply(given[0], half), *given[1:]))
+        net.moe1.experts.register_forward_pre_hook(
+            lambda module, given: (Slow.apply(given[0], half), *given[1:]))
         with (mock.patch.object(dispatch, "_exchange", slowly),
               mock.patch.object(C10d, "start", lambda *args: time.sleep(exchange) or start(*args))):
             for step in range(3):
