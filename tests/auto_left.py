@@ -130,7 +130,7 @@ def next_best(device, steps: str, runs: str) -> None:
         wrapped, net, optimizer = build(device, mesh, schedule="auto", observe=OBSERVE)
         got = train(wrapped, net, optimizer, OBSERVE + 1)
         for i in range(len(ran)):
-            assert wrapped.plan.tried == plan_of(wrapped, i).tried and len(wrapped.plan.tried) == i
+            assert wrapped.plan is not None and len(wrapped.plan.tried) == i, f"{i}: {wrapped.plan}"
             seen.append(parallel.settings(mesh).transport)
             assert seen[-1] == wrapped.plan.transport
             got += train(wrapped, net, optimizer, OBSERVE + 1, first=len(got))
@@ -145,11 +145,6 @@ def next_best(device, steps: str, runs: str) -> None:
     assert (wrapped.gently is not None) == (plan.schedule == "lina")
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_same(a, b, f"loss {i}")
-
-
-def plan_of(wrapped, count: int):
-    assert wrapped.plan is not None and len(wrapped.plan.tried) == count, f"{count}: {wrapped.plan}"
-    return wrapped.plan
 
 
 def on_gpus(device, name: str) -> None:

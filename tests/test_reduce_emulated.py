@@ -28,7 +28,7 @@ MISTAKES = {
     "leaves a step too early":
         ("cu", "= left ? s : DONE;", "= left && s ? s - 1 : left ? 0 : DONE;"),
     "numbers on where it leaves":
-        ("cu", "    else\n      *first_tile(a) = end;", "    *first_tile(a) = end;"),
+        ("cu", "    if (!left) *first_tile(a) = end;", "    *first_tile(a) = end;"),
     "does again what is done":
         ("cu", "  if (begun == DONE) return;\n", "  if (begun == DONE) begun = 0;\n"),
     "keeps a notice":

@@ -191,7 +191,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
           tile < mine) {
         const Arrival how = arrives(a, p, phase, source, start + tile + 1, end);
         if (how == LOST) failed = 1;
-        if (how == LEAVES) leaving = 1;
+        if (how == LEAVES) leaving = 1, tell(a, a.turn, 1);
       }
       __syncwarp();
     } else if (warp == 1) {
@@ -234,10 +234,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     }
   } else if (threadIdx.x == 0) {
     *left_at(a) = left ? s : DONE;
-    if (left)
-      tell(a, a.turn, 1);
-    else
-      *first_tile(a) = end;
+    if (!left) *first_tile(a) = end;
   }
 }
 

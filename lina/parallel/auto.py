@@ -238,22 +238,18 @@ class Auto:
         # a hook of the user's serves one transport
         tries = plan.tried and not self.options.hook and (move or plan.ep == plan.load.ep)
         more = plan.promising(self.options.degree, SLOWER, move) if tries else None
-        best, least = min((t for t in plan.tried if t[0] != 0), key=lambda t: t[1], default=(0, 0.0))
-        back_s = plan.load.step_s * (1 + SLOWER)
-        home = plan.load.ep if least > back_s else plan.trials[best].ep if plan.tried else plan.ep
+        best = plan.fastest(SLOWER)
+        self.plan = wrapper.plan = plan
         if more is not None:
             why = f"{more.label} promises {1e3 * more.step_s:.2f} ms, less than all that was measured"
             self._take(wrapper, plan, more, why)
-        elif best == 0 or (home != plan.ep and not move):      # nothing else ran, or experts cannot move back
-            self._end(wrapper, plan)
-        elif least > back_s:
-            back = self._back(wrapper, plan)
-            self._end(wrapper, plan if back is None else plan.back(*back))
-        elif plan.trials[best] != plan.chosen:
-            self.last = True
-            self._take(wrapper, plan, plan.trials[best], f"{plan.trials[best].label} was the fastest")
+        elif best in (None, plan.chosen) or (best.ep != plan.ep and not move):     # experts cannot move back
+            self._end()
+        elif best == plan.trials[0]:
+            self._back(wrapper, plan)
         else:
-            self._end(wrapper, plan)
+            self.last = True
+            self._take(wrapper, plan, best, f"{best.label} was the fastest")
         _log.info("%s", self.plan)
 
     def _take(self, wrapper: Any, plan: Plan, trial: Trial, why: str) -> None:
@@ -265,9 +261,16 @@ class Auto:
             settings(mesh).transport, settings(mesh).degree = trial.transport, trial.degree
         self.entered = False
 
-    def _end(self, wrapper: Any = None, plan: Plan | None = None) -> None:
-        if plan is not None:
-            self.plan = wrapper.plan = plan
+    def _back(self, wrapper: Any, plan: Plan) -> None:
+        """The plain order again, as it was seen, and no other."""
+        ran = plan.schedule, chosen(self.mesh), settings(self.mesh).degree, plan.ep
+        self._leave(wrapper, plan.load.ep)
+        now = chosen(self.mesh), settings(self.mesh).degree
+        if ran != ("plain", *now, plan.load.ep):       # else a given degree leaves nothing to go back to
+            self.plan = wrapper.plan = plan.back(*now)
+        self._end()
+
+    def _end(self) -> None:
         self.order.watched, self.done, self.options.optimizer = False, True, None
 
     def _leave(self, wrapper: Any, ep: int) -> None:
@@ -284,10 +287,3 @@ class Auto:
             settings(mesh).transport = transport
             fits = given is not None and (given[0] == given[1] or chosen(mesh) != "p2p")
             settings(mesh).degree = given if given is not None and fits else degree
-
-    def _back(self, wrapper: Any, plan: Plan) -> tuple[str, tuple[int, int]] | None:
-        """The transport and degrees that hold from here on; None: there is nothing to go back to."""
-        ran = plan.schedule, chosen(self.mesh), settings(self.mesh).degree, plan.ep
-        self._leave(wrapper, plan.load.ep)
-        now = chosen(self.mesh), settings(self.mesh).degree
-        return None if ran == ("plain", *now, plan.load.ep) else now

@@ -8,6 +8,7 @@ csrc/plan/pipeline.h, over each transport that may be used, with several sizes o
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,15 @@ class Plan:
         best = min(each, key=lambda t: t.step_s, default=None)         # the first of all was seen
         least = min([self.load.step_s, *(s for _, s in self.tried)])
         return best if best is not None and best.step_s < least * (1 - gain) else None
+
+    def fastest(self, slower: float) -> Trial | None:
+        """Of what was measured; the plain order, which was seen, only where all else took longer by more than
+        a share of ``slower``. None: nothing was measured."""
+        if not self.tried:
+            return None
+        others = [(i, s) for i, s in self.tried if i != 0]
+        best, step_s = min(others, key=lambda t: t[1], default=(0, math.inf))
+        return self.trials[best if step_s <= self.load.step_s * (1 + slower) else 0]
 
     def taking(self, trial: Trial, cost: CostModel, why: str) -> Plan:
         """This plan, where ``trial`` runs from here on."""

@@ -75,7 +75,7 @@ def future(value: Any, done_on: torch.cuda.Stream,
     return result
 
 
-def _rate(on: torch.cuda.Stream, size: int, send: Callable[[], object]) -> float:
+def _best_rate(on: torch.cuda.Stream, size: int, send: Callable[[], object]) -> float:
     """Bytes a second of what sends ``size`` of them on a stream, the best of some."""
     ends = []
     for _ in range(5):
@@ -111,8 +111,8 @@ class NCCL(Transport):
         part = _PROBE_BYTES // self.size
         spare = torch.empty(2, part * self.size, dtype=torch.uint8, device=self.device)
         splits = [part] * self.size
-        found = _rate(self.stream, part * (self.size - 1),
-                      lambda: self.start("first exchanges", spare[0], spare[1], splits, splits))
+        found = _best_rate(self.stream, part * (self.size - 1),
+                           lambda: self.start("first exchanges", spare[0], spare[1], splits, splits))
         self._check("first exchanges")
         return found
 
@@ -217,8 +217,8 @@ class Reducer:
     def fast(self) -> bool:
         """Whether bytes leave every rank as they do over NVLink; collective."""
         ranks, flat = self.group.size(), torch.zeros(_PROBE_BYTES // 4, device=self.device)
-        rate = _rate(self.stream, 2 * (ranks - 1) * flat.nbytes // ranks,
-                     lambda: self.all_reduce(flat, gently=False))
+        rate = _best_rate(self.stream, 2 * (ranks - 1) * flat.nbytes // ranks,
+                          lambda: self.all_reduce(flat, gently=False))
         slow = torch.full((1,), float(rate < _SLOW_BYTES_S), device=self.device)
         self.all_reduce(slow, gently=False)
         self.stream.synchronize()
