@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lina.parallel.tokens.dispatch import pack, unpack
+from lina.parallel.tokens.dispatch import pack, slices, unpack
 
 from ranks import Run, each_scenario
 
@@ -38,6 +38,19 @@ def test_rows_are_packed_from_anywhere(D: int, K: int, offset: int) -> None:
     """Also tokens of 16 bits that begin in the middle of a word, whole words (D even) or not."""
     x_TD = torch.arange(5 * D + offset, dtype=torch.bfloat16)[offset:].view(5, D)
     weight_TK = torch.rand(5, K)
-    for got, want in zip(unpack(pack(x_TD, weight_TK), (D, K), (x_TD.dtype, weight_TK.dtype)),
-                         (x_TD, weight_TK), strict=True):
-        assert torch.equal(got, want)
+    packed = pack(x_TD, weight_TK)
+    assert packed.shape[1] * packed.element_size() % 16 == 0, "rows that NCCL copies byte by byte"
+    for read in (unpack, slices):
+        found = read(packed, (D, K), (x_TD.dtype, weight_TK.dtype))
+        assert all(map(torch.equal, found, (x_TD, weight_TK)))
+    assert all(part.is_contiguous() for part in unpack(packed, (D, K), (x_TD.dtype, weight_TK.dtype)))
+
+
+def test_rows_of_any_dtype_are_packed() -> None:
+    """Wide ones beside narrow ones, and none at all; float64 need not lie aligned between them."""
+    parts = torch.rand(3, 5), torch.rand(3, 3).double(), torch.rand(3, 0), torch.arange(3)[:, None]
+    widths, dtypes = tuple(p.shape[1] for p in parts), tuple(p.dtype for p in parts)
+    for rows in (3, 1, 0):
+        given = [p[:rows] for p in parts]
+        for read in (unpack, slices):
+            assert all(map(torch.equal, read(pack(*given), widths, dtypes), given))

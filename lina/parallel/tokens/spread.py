@@ -32,7 +32,7 @@ from lina.parallel.mesh import groups, local_count
 from lina.parallel.plan.observe import saw_layer
 from lina.parallel.settings import chosen, settings
 from lina.parallel.tokens import p2p, padded
-from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
+from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, slices, unpack
 from lina.parallel.tokens.header import facts
 from lina.parallel.tokens.layout import Layout, found_in
 from lina.parallel.tokens.passes import Job, add_up, plan, run
@@ -252,7 +252,7 @@ def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pas
 
         run(job, lay, ("collect backward", "dispatch backward"), dout_TD, D, back, compute, after)
         if back is not None:
-            arrived = unpack(back, tuple(w for _, w in returned), tuple(dtypes[i] for i, _ in returned))
+            arrived = slices(back, tuple(w for _, w in returned), tuple(dtypes[i] for i, _ in returned))
             for whole, part in zip(rows, arrived, strict=True):
                 whole[:S] = part
     found: list[Tensor | None] = [None, None]
