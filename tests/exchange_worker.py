@@ -192,7 +192,7 @@ def same_as_plain(device, how: str, schedule: str = "plain") -> None:
                     loss_of(wrapped, *batch(rank, step, like)).backward()
                 totals = record.totals()
                 assert totals["a2a"] > 0 and totals["allreduce"] > 0, totals
-                names = {s.name for s in record.spans}
+                names = {s.name.removesuffix(" 1/2") for s in record.spans}       # of several chunks
                 assert {"dispatch", "dispatch counts", "collect", "dispatch backward", "collect backward",
                         "bucket 0"} <= names, names
             else:

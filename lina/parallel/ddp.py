@@ -19,9 +19,10 @@ from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.watched import ordered
 from lina.parallel.mesh import groups
 from lina.parallel.plan.decide import Plan
-from lina.parallel.settings import common, set_degree
+from lina.parallel.settings import common
 from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
+from lina.parallel.transport.carriers import set_degree
 
 SCHEDULES = ("plain", "lina", "auto")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"      # torch's name
@@ -174,8 +175,9 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             profile` has saved, the same on all ranks, here too in the place of a comm hook; then, measured
             too, what another transport promises; then the fastest of all. ``plan`` says what, and why.
         degree: expert passes of the mesh's layers, forward and backward, 1 to 8 each: rows travel while
-            others are computed. By default (3, 3) with "lina", but (1, 1) over "p2p", which takes equal ones;
-            with "plain" what the mesh has; with "auto" the plan's.
+            others are computed; over "p2p" equal ones. By default with "lina" (4, 4), but (1, 1) over "p2p", and
+            over "nccl" where all ranks' links have 100 GB/s; with "plain" what the mesh has; with "auto" the
+            plan's.
         hook: with "lina" and "auto": sizes of micro-ops, compression; by default ``HookState(mesh)``, with
             "auto" by the measured link.
         observe: with "auto": steps before the plan, counted as forward passes with gradients to reduce; and

@@ -19,9 +19,10 @@ from lina.parallel.gradients.hook import HookState, over_meshes, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.mesh import groups
-from lina.parallel.settings import common, set_degree
+from lina.parallel.settings import common
 from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
+from lina.parallel.transport.carriers import set_degree
 
 SCHEDULES = ("plain", "lina")
 _HERE = "_lina_fsdp"          # the attribute of a model that keeps what a call set

@@ -13,7 +13,6 @@ from lina import ops
 
 TRANSPORTS = ("auto", "c10d", "nccl", "p2p")
 MAX_DEGREE = ops.MAX_DEGREE
-DEFAULT_DEGREE = (3, 3)          # of schedule "lina"
 UNIT = 256        # bytes of which every cut of gradients is a multiple: whole elements, whole cache lines
 
 
@@ -71,20 +70,10 @@ def meshes(model: nn.Module, *more: DeviceMesh) -> list[DeviceMesh]:
     return [*more, *(m for m in found if isinstance(m, DeviceMesh))]
 
 
-def set_degree(model: nn.Module, mesh: DeviceMesh, degree: tuple[int, int] | None) -> None:
-    """Set ``degree`` for ``mesh`` and every mesh of ``model``; None: the default, or over p2p one pass."""
-    for one in meshes(model, mesh):
-        settings(one).degree = degree or _default(one)
-
-
-def _default(mesh: DeviceMesh) -> tuple[int, int]:
-    return (1, 1) if chosen(mesh) == "p2p" else DEFAULT_DEGREE
-
-
 def common(model: nn.Module, mesh: DeviceMesh, schedule: str, degree: Any) -> dict[str, Any]:
     """What ranks that wrap ``model`` must have in common, by name. Not cap_bytes: the least of all counts."""
     found = meshes(model, mesh)
-    degrees = [degree or (_default(m) if schedule == "lina" else settings(m).degree) for m in found]
+    degrees = [degree or ("default" if schedule == "lina" else settings(m).degree) for m in found]
     each: dict[str, list] = {
         "degree": [tuple(d) if isinstance(d, list) else d for d in degrees],
         "transport": [chosen(m) for m in found], "tokens": [settings(m).tokens for m in found]}

@@ -68,7 +68,7 @@ HELP = {
     "ep": "ranks that share the experts (default: as many as possible)",
     "schedule": "gradients beside all-to-alls (plain), after them (lina), or as planned (auto)",
     "transport": "what carries tokens between ranks: c10d, or on cuda nccl or p2p",
-    "degree": "passes of the experts forward and backward, 1 to 8 (default: 1,1; lina: 3,3; auto: planned)",
+    "degree": "passes of the experts forward and backward, 1 to 8 (default: 1,1; lina: by the link; auto: planned)",
     "device": "cpu or cuda (default: cuda where there is one)",
     "data": "a text file or a folder of them (default: the Python standard library's sources)",
     "heldout_kib": "most KiB of held-out text to score", "sample": "bytes of text to generate at the end",

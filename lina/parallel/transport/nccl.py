@@ -104,7 +104,8 @@ class NCCL(Transport):
         ones = [1] * self.size              # connections are made by the first exchange
         self.start("first exchange", spare[0], spare[1], ones, ones).wait()
         self.stream.synchronize()
-        self.sms = _FEW_SMS if self._rate() < _SLOW_BYTES_S else 0
+        self.slow = self._rate() < _SLOW_BYTES_S
+        self.sms = _FEW_SMS if self.slow else 0
 
     def _rate(self) -> float:
         """Bytes a second that leave a rank for the others; collective."""
