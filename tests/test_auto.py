@@ -227,6 +227,15 @@ def test_a_transport_is_not_taken_for_its_link_alone():
     assert any(r.startswith("no whole layer was measured over c10d, nccl: ") for r in plan.reasons)
 
 
+def test_gradients_give_way_to_c10d_on_cpus_alone():
+    """On GPUs the host is ahead, and they would all come last."""
+    for device, schedules in (("cpu", {"plain", "lina"}), ("cuda", {"plain"})):
+        made = dataclasses.replace(load(8 * MB), device=device)
+        plan = decide(made, cost(row_s=1e-5), transports=("c10d", "nccl"))
+        assert {t.schedule for t in plan.trials if t.transport == "c10d"} == schedules
+        assert {t.schedule for t in plan.trials if t.transport == "nccl"} == {"plain", "lina"}
+
+
 def test_packing_moves_only_where_it_may():
     """What was measured is as was predicted."""
     state = State(4.0, 16.0, 12.0)

@@ -26,7 +26,8 @@ LAYERS = 4
 # A rank's; of the fewest only what is constant counts.
 TOKENS = {"cuda": (64, 2048, 8192, 32768), "cpu": (16, 256, 1024, 4096)}
 TOP_K = 2
-REPEATS, LEAST = 7, 4           # of a case; the cases that are timed whatever they cost
+REPEATS, FEWEST = 7, 3          # of a case; if time is short
+LEAST = 4                       # the cases that are timed whatever they cost
 # On CUDA each timed run has one before it: after a rest products are faster than in a step, by a sixth.
 RUNS = {"cuda": 2, "cpu": 1}
 MOST_AHEAD_S = 10e-3            # that the host gets on CUDA: longer than what it can queue
@@ -35,7 +36,7 @@ MOST_AHEAD_S = 10e-3            # that the host gets on CUDA: longer than what i
 def cases(device: str) -> list[tuple[int, int]]:
     """(tokens, passes each way), the most important first."""
     few, some, many, most = TOKENS[device]
-    return [(few, 1), (some, 1), (few, 2), (many, 1), (many, 3), (some, 2), (most, 1), (few, 3), (most, 2)]
+    return [(few, 1), (some, 1), (few, 2), (many, 1), (most, 1), (many, 3), (some, 2), (few, 3), (most, 2)]
 
 
 def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
@@ -52,7 +53,7 @@ def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
         left, last = seconds, (1, 0.0)                     # tokens and seconds of a run
         for i, (tokens, passes) in enumerate(cases(ranks.device.type)):
             likely = last[1] * max(1.0, tokens / last[0])
-            if i >= LEAST and (REPEATS + 2) * RUNS[ranks.device.type] * likely > left:
+            if i >= LEAST and (FEWEST + 2) * RUNS[ranks.device.type] * likely > left:
                 continue
             held.degree, held.tokens = (passes, passes), tokens
             error = _attempt(ranks, stack, tokens)         # connects, allocates, loads
@@ -167,7 +168,7 @@ def _repeated(ranks: Ranks, stack: Stack, seconds: float) -> list[list[float]]:
     with uncollected():
         for i in range(REPEATS):
             rows.append([s / LAYERS for s in ranks.slowest(once(ranks, stack))])
-            if i >= 2 and ranks.slowest([time.perf_counter() - start])[0] * (i + 2) > seconds * (i + 1):
+            if i + 1 >= FEWEST and ranks.slowest([time.perf_counter() - start])[0] * (i + 2) > seconds * (i + 1):
                 break
     return rows
 

@@ -242,6 +242,8 @@ def _tried(load: Workload, cost: CostModel, transports: tuple[str, ...], degree:
     made: list[Trial] = []
     for schedule in _FIRST if load.layers and load.ep > 1 else ("plain",):
         for name in transports:
+            if (schedule, name, load.device) == ("lina", "c10d", "cuda"):
+                continue       # the host, which is ahead, lets no gradient go before the last all-to-all
             best = (1, 1)
             if name == "p2p":                        # whose passes take SMs, of which the model knows nothing
                 best = degree if degree is not None and degree[0] == degree[1] else best
