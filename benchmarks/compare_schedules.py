@@ -2,10 +2,10 @@
 
     python benchmarks/compare_schedules.py --out FOLDER [--designs plain,lina/nccl] -- --steps 2000 ...
 
-A design is SCHEDULE[/TRANSPORT[/FORWARD:BACKWARD]]; what follows `--` goes to every `lina train`. Each run
-has a folder below FOLDER; one that is whole is not run again. --jobs N makes N runs at a time; where one
-fails, those under way still end, and no other begins. A seed gives every design the same first weights and
-the same batches, so what differs is rounding, and what rounding grows to.
+A design is SCHEDULE[/TRANSPORT[/FORWARD:BACKWARD]], by default over c10d; what follows `--` goes to every
+`lina train`. Each run has a folder below FOLDER; one that is whole is not run again. --jobs N makes N runs at
+a time; where one fails, those under way still end, and no other begins. A seed gives every design the same
+first weights and the same batches, so what differs is rounding, and what rounding grows to.
 
 Each design is compared with the first. They agree if both hold:
 1. the mean held-out bits differ by at most 2 standard errors, sqrt(var_a / n + var_b / n) over n seeds
@@ -88,9 +88,8 @@ def compare(first: Runs, other: Runs, width: int) -> dict[str, Any]:
 
 def options_of(design: str) -> list[str]:
     schedule, *more = design.split("/")
-    found = ["--schedule", schedule]
-    if more:
-        found += ["--transport", more[0]]
+    usual = "auto" if schedule == "auto" else "c10d"
+    found = ["--schedule", schedule, "--transport", more[0] if more else usual]
     if len(more) > 1:
         found += ["--degree", more[1].replace(":", ",")]
     return found

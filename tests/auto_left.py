@@ -150,8 +150,9 @@ def next_best(device, steps: str, runs: str) -> None:
 def on_gpus(device, name: str) -> None:
     """A plan takes another transport up, and keeps it or leaves it; training goes on as the plain order's."""
     half, world = Line(SLOW.alpha_s / 2, SLOW.beta_s / 2, 1.0), dist.get_world_size()
+    lines = {"c10d": SLOW, "nccl": SLOW} | {name: half}
     save("gentle", device=device.type, links={(op, t): line for op in ("a2a", "allreduce")
-                                              for t, line in (("c10d", SLOW), (name, half))})
+                                              for t, line in lines.items()})
     plain = build(device, lina.mesh(ep=world))
     want = train(*plain, STEPS + 2)
     for slower in (float("inf"), -1.0):

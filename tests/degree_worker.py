@@ -1,4 +1,4 @@
-"""What every rank does in test_spread.py: passes that schedule "lina" runs in by default."""
+"""What every rank does in test_spread.py: the transport that is used by default, and the passes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import torch.distributed as dist
 from parallel_worker import spread_net, whole_net
 
 import lina
-from lina import parallel
+from lina import _C, parallel
+from lina.parallel.settings import chosen
 from lina.parallel.transport import carriers, nccl
+
+
+class Mesh(SimpleNamespace):
+    """One that can be weakly referred to."""
 
 
 def defaults(device) -> None:
@@ -25,10 +30,24 @@ def defaults(device) -> None:
             assert settings.degree == want, (slow, settings.degree)
             carriers.set_degree(net, mesh, (2, 3))
             assert settings.degree == (2, 3)
-    for transport, want in (("c10d", (4, 4)), ("auto", (4, 4)), ("p2p", (1, 1))):
+    for transport, want in (("c10d", (4, 4)), ("p2p", (1, 1))):
         settings.transport = transport
         carriers.set_degree(net, mesh, None)
         assert settings.degree == want, transport
+
+
+def auto(device) -> None:
+    """What transport "auto" stands for; asked once for each mesh."""
+    for kind, built, backends, want in (("cuda", True, "cpu:gloo,cuda:nccl", "nccl"),
+                                        ("cuda", True, "cuda:gloo", "c10d"),
+                                        ("cuda", False, "cuda:nccl", "c10d"),
+                                        ("cpu", True, "cpu:gloo,cuda:nccl", "c10d")):
+        mesh = Mesh(device_type=kind, get_group=lambda name: name)
+        with mock.patch.object(dist, "get_backend_config", lambda group, said=backends: said), \
+                mock.patch.object(_C, "CUDA", built):
+            assert chosen(mesh) == want, (kind, built, backends)
+        assert chosen(mesh) == want
+    assert chosen(lina.mesh(ep=2)) == ("nccl" if device.type == "cuda" else "c10d")
 
 
 def measured(device) -> None:

@@ -31,7 +31,7 @@ from lina import _C, parallel
 from lina.parallel.transport import nccl
 from lina.parallel.transport.base import gate
 
-from helpers import assert_within_rounding
+from helpers import assert_within_rounding, passes
 
 SMALL = (0.0, 2e-7)          # a link on which half a millisecond is 2500 bytes: several micro-ops a step
 LATEST_S = 0.05              # of a rank at a collective
@@ -54,7 +54,8 @@ class Case:
             loss_of(self.net, *self.batch(0)).backward()
             self.net.zero_grad()
         hook = lina.HookState(self.mesh, link=SMALL) if schedule == "lina" else None
-        self.wrapped = lina.ddp(self.net, self.mesh, schedule=schedule, hook=hook, bucket_cap_mb=0.0005)
+        self.wrapped = lina.ddp(self.net, self.mesh, schedule=schedule, hook=hook, bucket_cap_mb=0.0005,
+                                degree=passes(schedule, transport))
 
     def batch(self, step: int, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Of as many tokens as parallel_worker's ranks have, another number in each of 4 steps; one is 0."""

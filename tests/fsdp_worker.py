@@ -32,6 +32,8 @@ from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.transport import nccl
 from lina.parallel.transport.base import gate
 
+from helpers import passes
+
 
 def sharded(net, where=None):
     """Every layer by itself, then what is left; spread experts stay out."""
@@ -60,7 +62,7 @@ def parity(device, ep: str, schedule: str, where: str, gate_name: str = "deepsee
     # other replicas start wrong; the call mends them
     net = sharded(spread_net(ref, gate_name, mesh, spoil=True), mesh if where == "hsdp" else None)
     hook = lina.HookState(mesh, link=SMALL) if schedule == "lina" else None
-    assert lina.fsdp(net, mesh, schedule=schedule, hook=hook) is net
+    assert lina.fsdp(net, mesh, schedule=schedule, hook=hook, degree=passes(schedule, transport)) is net
     three_steps(net, ref, mesh)
     if schedule == "lina" and device.type == "cpu":
         [carrier] = comm_of(net)._carriers.values()

@@ -16,6 +16,8 @@ from torch import nn
 
 import lina
 
+from helpers import passes
+
 EVERY = 10                   # steps between looks at the heap
 
 
@@ -80,7 +82,7 @@ def steady(device: torch.device, ep: str, transport: str, schedule: str, steps: 
     if device.type == "cuda":       # a kernel's first launch stops the host while a stream waits
         net(torch.randn(most, D, device=device)).sum().backward()
         net.zero_grad()
-    wrapped = lina.ddp(net, mesh, schedule=schedule)
+    wrapped = lina.ddp(net, mesh, schedule=schedule, degree=passes(schedule, transport))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     draw = torch.Generator().manual_seed(rank)
     heap, seen = [], []

@@ -17,7 +17,7 @@ import lina
 from lina import parallel
 from lina.parallel.gradients import reduce
 
-from helpers import assert_within_rounding
+from helpers import assert_within_rounding, passes
 
 TOKENS = (5, 0, 9, 3)      # per rank: uneven, and one rank without any
 WIDTH, EXPERTS = 6, 8      # WIDTH * itemsize is no multiple of 16; EXPERTS shared by 1, 2 and 4 ranks
@@ -133,7 +133,8 @@ def parity(device, ep: str, gate: str, schedule: str = "plain", transport: str =
     mesh = parallel.mesh(int(ep), transport=transport)
     ref = whole_net(gate, device)
     # other replicas start wrong; construction mends them
-    net = parallel.ddp(spread_net(ref, gate, mesh, spoil=True), mesh, schedule=schedule)
+    net = parallel.ddp(spread_net(ref, gate, mesh, spoil=True), mesh, schedule=schedule,
+                       degree=passes(schedule, transport))
     three_steps(net, ref, mesh)
 
 

@@ -17,7 +17,7 @@ from lina.parallel.tokens import spread
 from lina.parallel.transport import carriers
 from lina.parallel.transport.base import gate
 
-from helpers import Carveout, acc_dtype, assert_within_rounding, float_dtypes
+from helpers import Carveout, acc_dtype, assert_within_rounding, float_dtypes, passes
 
 D, F, K, LOCAL = 5, 6, 3, 2      # D: rows of 10 bytes in bf16, no multiple of 4
 TOKENS = {                       # by rank
@@ -272,7 +272,7 @@ def delays(device, ep: str, runs: str, transport: str = "c10d") -> None:
     rank, like = dist.get_rank(), next(whole.parameters())
     net = spread_net(whole, "deepseek", mesh)
     hook = lina.HookState(mesh, link=(0.0, 2e-7))           # 2304 bytes a micro-op: several a bucket
-    wrapped = lina.ddp(net, mesh, schedule="lina", hook=hook)
+    wrapped = lina.ddp(net, mesh, schedule="lina", hook=hook, degree=passes("lina", transport))
     used = ("all_to_all_single", "all_reduce")
     originals = [getattr(dist, name) for name in used]
     draw, wanted = random.Random(rank), None

@@ -52,7 +52,8 @@ def test_a_worse_end_is_seen() -> None:
 
 
 def test_options() -> None:
-    assert compare_schedules.options_of("plain") == ["--schedule", "plain"]
+    assert compare_schedules.options_of("plain") == ["--schedule", "plain", "--transport", "c10d"]
+    assert compare_schedules.options_of("auto") == ["--schedule", "auto", "--transport", "auto"]
     assert compare_schedules.options_of("lina/nccl/3:2") == ["--schedule", "lina", "--transport", "nccl",
                                                             "--degree", "3,2"]
 

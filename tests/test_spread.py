@@ -19,8 +19,8 @@ RUNS = {
     "ways4": Run("exchange_worker", [*(f"same_as_plain:{how}:lina" for how in
                                        ("checkpoint", "reentrant", "trace", "compile")),
                                      "agreement:ddp", "agreement:fsdp", "carried", "known_dead"], 4),
-    "degree4": Run("degree_worker", ["defaults"], 4),
-    "gpu-degree2": Run("degree_worker", ["measured"], 2, "nccl"),
+    "degree4": Run("degree_worker", ["defaults", "auto"], 4),
+    "gpu-degree2": Run("degree_worker", ["measured", "auto"], 2, "nccl"),
     "gpu-spread2": Run("spread_worker", [
         f"{name}:{transport}" for transport in ("c10d", "nccl")
         for name in ("degrees:2", "kinds", "repeats", "leaves_sms", "refusals", "delays:2:5")], 2, "nccl"),

@@ -175,9 +175,9 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             profile` has saved, the same on all ranks, here too in the place of a comm hook; then, measured
             too, what another transport promises; then the fastest of all. ``plan`` says what, and why.
         degree: expert passes of the mesh's layers, forward and backward, 1 to 8 each: rows travel while
-            others are computed; over "p2p" equal ones. By default with "lina" (4, 4), but (1, 1) over "p2p", and
-            over "nccl" where all ranks' links have 100 GB/s; with "plain" what the mesh has; with "auto" the
-            plan's.
+            others are computed; over "p2p" as many each way. By default with "lina" (4, 4), but (1, 1) over
+            "p2p", and over "nccl" where all ranks' links have 100 GB/s; with "plain" what the mesh has; with
+            "auto" the plan's.
         hook: with "lina" and "auto": sizes of micro-ops, compression; by default ``HookState(mesh)``, with
             "auto" by the measured link.
         observe: with "auto": steps before the plan, counted as forward passes with gradients to reduce; and

@@ -42,8 +42,9 @@ def mesh(ep: int, *, device_type: str | None = None, transport: str = "auto",
         ep: number of ranks one copy of the experts is spread over.
         device_type: "cuda" or "cpu"; by default what the default group's backend serves.
         transport: what carries the tokens of layers spread over the mesh: "c10d" (torch.distributed),
-            "nccl" (communicators of lina's own), "p2p" (stores to the memory of GPUs nearby), or "auto".
-            May be changed later: ``lina.parallel.settings(mesh)``.
+            "nccl" (communicators of lina's own), "p2p" (stores to the memory of GPUs nearby), or "auto":
+            "nccl" on GPUs whose process group is NCCL's, else "c10d". May be changed later:
+            ``lina.parallel.settings(mesh)``.
         tokens, cap_bytes: "p2p" alone: the most tokens any rank will have, by default those of a layer's
             first call; the limit on a rank's receive buffer.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lina import ops
+from lina import _C, ops
 
 TRANSPORTS = ("auto", "c10d", "nccl", "p2p")
 MAX_DEGREE = ops.MAX_DEGREE
@@ -21,8 +22,9 @@ class Settings:
     """Of one mesh; the same on every rank, and changed between steps only.
 
     Attributes:
-        transport: "auto" (chosen by what the ranks have), "c10d", "nccl" or "p2p". Once gradients give way
-            to one (schedule "lina", or a plan's), the model refuses to run over another.
+        transport: "auto" ("nccl" on GPUs whose process group is NCCL's, else "c10d"), "c10d", "nccl" or
+            "p2p". Once gradients give way to one (schedule "lina", or a plan's), the model refuses to run
+            over another.
         degree: expert passes of a layer forward and backward, 1 to 8 each (tokens/spread.py says which);
             with "p2p" as many backward as forward.
         tokens, cap_bytes: "p2p" alone: the most tokens that any rank will have, None: as many as it has
@@ -58,10 +60,19 @@ def settings(mesh: DeviceMesh) -> Settings:
     return _settings[mesh]
 
 
+_usual: WeakIdKeyDictionary = WeakIdKeyDictionary()        # mesh -> what "auto" stands for
+
+
 def chosen(mesh: DeviceMesh) -> str:
-    """The transport that "auto" stands for here: c10d, unless another is asked for by name."""
+    """The transport that is asked for by name, or that "auto" stands for here."""
     name = settings(mesh).transport
-    return "c10d" if name == "auto" else name
+    if name != "auto":
+        return name
+    if mesh not in _usual:
+        ours = mesh.device_type == "cuda" and _C.CUDA
+        served = ours and "cuda:nccl" in dist.get_backend_config(mesh.get_group("ep"))
+        _usual[mesh] = "nccl" if served else "c10d"
+    return _usual[mesh]
 
 
 def meshes(model: nn.Module, *more: DeviceMesh) -> list[DeviceMesh]:

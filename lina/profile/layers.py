@@ -168,7 +168,8 @@ def _repeated(ranks: Ranks, stack: Stack, seconds: float) -> list[list[float]]:
     with uncollected():
         for i in range(REPEATS):
             rows.append([s / LAYERS for s in ranks.slowest(once(ranks, stack))])
-            if i + 1 >= FEWEST and ranks.slowest([time.perf_counter() - start])[0] * (i + 2) > seconds * (i + 1):
+            spent = ranks.slowest([time.perf_counter() - start])[0]
+            if i + 1 >= FEWEST and spent * (i + 2) > seconds * (i + 1):
                 break
     return rows
 

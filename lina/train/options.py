@@ -11,7 +11,7 @@ from typing import Any
 
 PRECISIONS = ("float32", "bf16", "fp16")
 SCHEDULES = ("plain", "lina", "auto")
-TRANSPORTS = ("c10d", "nccl", "p2p")
+TRANSPORTS = ("auto", "c10d", "nccl", "p2p")
 
 
 class OptionError(ValueError):
@@ -40,7 +40,7 @@ class Options:
     ranks: int | None = None
     ep: int | None = None
     schedule: str = "plain"
-    transport: str = "c10d"
+    transport: str = "auto"
     degree: str | None = None
     device: str | None = None
     data: str | None = None
@@ -67,8 +67,9 @@ HELP = {
     "ranks": "processes to start (default: one a GPU, else 2); torchrun's count under torchrun",
     "ep": "ranks that share the experts (default: as many as possible)",
     "schedule": "gradients beside all-to-alls (plain), after them (lina), or as planned (auto)",
-    "transport": "what carries tokens between ranks: c10d, or on cuda nccl or p2p",
-    "degree": "passes of the experts forward and backward, 1 to 8 (default: 1,1; lina: by the link; auto: planned)",
+    "transport": "what carries tokens between ranks: c10d, or on cuda nccl (then the default) or p2p",
+    "degree": "passes of the experts forward and backward, 1 to 8 (default: 1,1; lina: by the link; "
+              "auto: planned)",
     "device": "cpu or cuda (default: cuda where there is one)",
     "data": "a text file or a folder of them (default: the Python standard library's sources)",
     "heldout_kib": "most KiB of held-out text to score", "sample": "bytes of text to generate at the end",

@@ -48,7 +48,7 @@ def resolve(given: dict[str, Any]) -> Options:
 
 def _check_schedule(o: Options) -> None:
     passes(o)
-    if o.transport != "c10d" and o.device != "cuda":
+    if o.transport not in ("auto", "c10d") and o.device != "cuda":
         raise OptionError(f"--transport: {o.transport}, needs --device cuda")
     if o.schedule == "auto" and os.environ.get("RANK", "0") == "0":
         import lina

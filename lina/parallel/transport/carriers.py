@@ -39,7 +39,8 @@ def transport(mesh: DeviceMesh) -> Transport:
 
 
 def set_degree(model: nn.Module, mesh: DeviceMesh, degree: tuple[int, int] | None) -> None:
-    """Set ``degree`` for ``mesh`` and every mesh of ``model``; None: schedule "lina"'s default. Collective."""
+    """Set ``degree`` for ``mesh`` and every mesh of ``model``; None: the default of schedule "lina".
+    Collective."""
     for one in meshes(model, mesh):
         settings(one).degree = degree or _default_degree(one)
 
