@@ -153,7 +153,7 @@ def test_what_was_seen_outside_layers_is_dense():
 
 
 # Seconds forward and backward beside exchanges and experts, at 4096 bytes a token and more a pass.
-NCCL = (LayerLine(1e-3, 1e-9, 1.0, pass_s=2e-4), LayerLine(5e-4, 2e-9, 1.0, pass_s=3e-4))
+NCCL = (LayerLine(1e-3, 1e-9, 1.0, passes=((1.0, 2e-4),)), LayerLine(5e-4, 2e-9, 1.0, passes=((1.0, 3e-4),)))
 C10D = tuple(dataclasses.replace(line, alpha_s=line.alpha_s + 1e-3) for line in NCCL)
 BYTES = 1000 * 4096
 
@@ -205,7 +205,8 @@ def test_experts_gradients_are_reduced_beside_backward():
 def test_passes_that_cost_more_than_they_hide():
     """By row_s=1e-5 four passes hide 4.1 ms each way: known from test_degree."""
     def costing(*pass_s: float) -> CostModel:
-        lines = tuple(dataclasses.replace(line, pass_s=s) for line, s in zip(NCCL, pass_s, strict=True))
+        lines = tuple(dataclasses.replace(line, passes=((1.0, s),))
+                      for line, s in zip(NCCL, pass_s, strict=True))
         return dataclasses.replace(cost(row_s=1e-5), layers={"c10d": lines})
 
     assert best_degree(load(), costing(0.0, 0.0), "c10d", 8) == (4, 4)

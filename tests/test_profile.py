@@ -148,7 +148,8 @@ def model_of(**changes):
         links={("a2a", "c10d"): line, ("a2a", "p2p"): slow, ("allreduce", "c10d"): line},
         experts=(ExpertPass(shape, line, slow, line),), gemm=line, copy=line, versions={"torch": "2.13"},
         date="2026-01-01T00:00:00+00:00", seconds=1.5, notes=("a2a nccl: not available here",),
-        layers={"c10d": (LayerLine(1e-3, 1e-9, 0.5, points, 4e-4, 3e-12, (2e-3, 3e-3, 4e-3)),
+        layers={"c10d": (LayerLine(1e-3, 1e-9, 0.5, points, ((1e4, 4e-4), (1e6, 0.0)),
+                                   (2e-3, 3e-3, 4e-3)),
                          LayerLine(2e-3, 0.0, 1.0))}), **changes})
 
 
@@ -235,9 +236,9 @@ def test_nccls_settings_make_another_machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [lambda v: v.pop("links"), lambda v: v.update(kind="trace"),
-                                    lambda v: v.update(format=4), lambda v: v["gemm"].update(beta_s=-1.0),
-                                    lambda v: v["layers"][0]["forward"].update(pass_s=-1.0),
-                                    lambda v: v["layers"][0]["backward"].update(overlap_s=-1.0),
+                                    lambda v: v.update(format=3), lambda v: v["gemm"].update(beta_s=-1.0),
+                                    lambda v: v["layers"][0]["forward"].update(passes=[[1.0, -1.0]]),
+                                    lambda v: v["layers"][0]["backward"].update(passes=[[1.0]]),
                                     lambda v: v["layers"][0]["forward"].update(whole_s=[]),
                                     lambda v: v["experts"][0]["shape"].update(local=0)])
 def test_what_is_no_model_is_refused(tmp_path, damage):
@@ -258,5 +259,5 @@ def test_a_file_of_an_earlier_lina_says_what_to_do(tmp_path):
     del value["experts"][0]["late"]
     path = tmp_path / "model.json"
     path.write_text(json.dumps(value))
-    with pytest.raises(ValueError, match=r"format 2; here 'lina cost model', 3: run `lina profile` again"):
+    with pytest.raises(ValueError, match=r"format 2; here 'lina cost model', 4: run `lina profile` again"):
         CostModel.load(path)

@@ -129,8 +129,8 @@ def whole_layers(device):
 
     with mock.patch.object(layers, "moe", broken):
         model = lina.profile(**given)
-    assert model.notes == ("layer c10d: 2 passes of 16 tokens: rank 0: RuntimeError: no room for passes",)
-    assert len(model.layers["c10d"][0].points) == 2 and model.layers["c10d"][0].pass_s == 0
+    assert model.notes == ("layer c10d: 2 passes of 256 tokens: rank 0: RuntimeError: no room for passes",)
+    assert len(model.layers["c10d"][0].points) == 2 and model.layers["c10d"][0].passes == ()
 
 
 SCENARIOS = ("one_model", "slowest", "refusals", "transports", "whole_layers")

@@ -33,10 +33,11 @@ RUNS = {"cuda": 2, "cpu": 1}
 MOST_AHEAD_S = 10e-3            # that the host gets on CUDA: longer than what it can queue
 
 
-def cases(device: str) -> list[tuple[int, int]]:
+def cases(device: str, transport: str) -> list[tuple[int, int]]:
     """(tokens, passes each way), the most important first."""
     few, some, many, most = TOKENS[device]
-    return [(few, 1), (some, 1), (few, 2), (many, 1), (most, 1), (many, 3), (some, 2), (few, 3), (most, 2)]
+    several = 2 if transport == "p2p" else 4         # that are likely
+    return [(few, 1), (some, 1), (some, 2), (many, 1), (most, 1), (many, several), (most, several), (few, 2)]
 
 
 def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
@@ -51,7 +52,7 @@ def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
         held.transport = transport
         stack = Stack(ranks, mesh, shape)
         left, last = seconds, (1, 0.0)                     # tokens and seconds of a run
-        for i, (tokens, passes) in enumerate(cases(ranks.device.type)):
+        for i, (tokens, passes) in enumerate(cases(ranks.device.type, transport)):
             likely = last[1] * max(1.0, tokens / last[0])
             if i >= LEAST and (FEWEST + 2) * RUNS[ranks.device.type] * likely > left:
                 continue

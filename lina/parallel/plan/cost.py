@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lina.parallel.plan.lines import ExpertPass, ExpertShape, LayerLine, Line, read_layer_line, read_line
 from lina.parallel.plan.machine import default_path, machine_facts, overwrite
 
-KIND, FORMAT = "lina cost model", 3
+KIND, FORMAT = "lina cost model", 4
 GOOD_FIT = 0.99                 # r2 below it is worth a warning: FSMoE reports 0.9987 at the least
 
 
@@ -124,8 +124,9 @@ class CostModel:
             found.append(("copy", self.device, "bytes", self.copy))
         for transport, lines in self.layers.items():
             for name, line in zip(("layer_fwd", "layer_bwd"), lines, strict=True):
-                more = f"+{1e6 * line.pass_s:.0f} us a pass +{1e12 * line.overlap_s:.0f}/MB"
-                found.append((name, f"{transport} {more}", "bytes", line))
+                each = [1e6 * s for _, s in line.passes]
+                more = f" +{min(each):.0f}..{max(each):.0f} us a pass" if each else ""
+                found.append((name, transport + more, "bytes", line))
         return found
 
     def describe(self) -> str:

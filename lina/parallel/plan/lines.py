@@ -68,40 +68,44 @@ class Line:
         return max((abs(1 - self.time(p.n) / p.time_s) for p in self.points), default=0.0)
 
 
+def _along(points: Sequence[tuple[float, float]], n: float) -> float:
+    """Seconds at ``n`` by (n, seconds) of one point or more; never negative."""
+    (first, seconds), *rest = points = sorted(points)
+    if n <= first or not rest:
+        return max(0.0, seconds)
+    (n_p, s_p), (n_q, s_q) = next((pair for pair in pairwise(points) if n <= pair[1][0]), points[-2:])
+    slope = (s_q - s_p) / (n_q - n_p)
+    return max(0.0, s_q + (n - n_q) * (slope if n <= n_q else max(0.0, slope)))
+
+
 @dataclass(frozen=True)
 class LayerLine(Line):
     """What a whole spread layer takes one way beside its exchanges and experts, by bytes of its tokens
     (tokens * dim * itemsize).
 
     That is no straight line where the host's work shows for few tokens alone: between points it is taken
-    straight from one to the next, below the first as there, and beyond the last as between the last two.
+    straight from one to the next, below the first as there, and beyond the last as between the last two,
+    unless it fell there.
 
     Attributes:
         points: of that rest: measured seconds less those of exchanges and experts by their own lines.
-        pass_s: for each expert pass beyond the first.  overlap_s: of each byte where there are several, for
-            what runs beside each other is slower than alone.
+        passes: (bytes, seconds of each expert pass beyond the first): the host's launches for few tokens, for
+            many that what runs beside each other is slower than alone.
         whole_s: the layer's measured seconds at each point; ``r2`` and ``off`` are of these.
     """
 
-    pass_s: float = 0.0
-    overlap_s: float = 0.0
+    passes: tuple[tuple[float, float], ...] = ()
     whole_s: tuple[float, ...] = ()
 
     def rest(self, n: float, degree: int) -> float:
         """Seconds beside exchanges and experts of a layer of ``n`` bytes in ``degree`` passes."""
-        more = (degree - 1) * self.pass_s + n * self.overlap_s if degree > 1 else 0.0
-        return self.time(n) + more
+        return self.time(n) + ((degree - 1) * _along(self.passes, n) if self.passes else 0.0)
 
     def time(self, n: float) -> float:
         """The rest in one pass; never negative."""
-        points = sorted(self.points, key=lambda p: p.n)
-        if len(points) < 2:
+        if len(self.points) < 2:
             return self.alpha_s + n * self.beta_s
-        if n <= points[0].n:
-            return max(0.0, points[0].time_s)
-        p, q = next(((p, q) for p, q in pairwise(points) if n <= q.n), points[-2:])
-        slope = (q.time_s - p.time_s) / (q.n - p.n)
-        return max(0.0, q.time_s + (n - q.n) * (slope if n <= q.n else max(0.0, slope)))
+        return _along([(p.n, p.time_s) for p in self.points], n)
 
     @property
     def off(self) -> float:
@@ -167,8 +171,8 @@ def read_line(value: dict[str, Any]) -> Line:
 
 def read_layer_line(value: dict[str, Any]) -> LayerLine:
     """As :func:`read_line`."""
-    line, more = read_line(value), (float(value["pass_s"]), float(value["overlap_s"]))
+    line, passes = read_line(value), tuple((float(n), float(s)) for n, s in value["passes"])
     whole_s = tuple(map(float, value["whole_s"]))
-    if not all(0 <= s < math.inf for s in more) or len(whole_s) != len(line.points):
-        raise ValueError(f"a layer's passes of {more} s, {len(whole_s)} times of {len(line.points)} points")
-    return LayerLine(line.alpha_s, line.beta_s, line.r2, line.points, *more, whole_s)
+    if not all(0 <= x < math.inf for each in passes for x in each) or len(whole_s) != len(line.points):
+        raise ValueError(f"a layer's passes {passes}, {len(whole_s)} times of {len(line.points)} points")
+    return LayerLine(line.alpha_s, line.beta_s, line.r2, line.points, passes, whole_s)

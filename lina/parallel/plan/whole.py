@@ -30,7 +30,8 @@ def layer_lines(cost: CostModel, transport: str, times: Sequence[LayerTimes]) ->
     """Forward and backward: the rest of layers over ``transport``, whose exchanges ``cost`` has.
 
     Source: least squares as csrc/plan/link.h, of errors relative to the whole layer's time, for the rest
-    is a difference of times and may be nothing; no term is negative.
+    is a difference of times and may be nothing; no term is negative. What a pass more costs is each size's
+    own mean.
 
     Raises:
         ValueError: fewer than two sizes in one pass; a link or a dtype of experts was not measured.
@@ -53,21 +54,19 @@ def _fitted(cost: CostModel, transport: str, times: Sequence[LayerTimes], way: i
     points = [rest[n, 1] for n in once]
     took = [whole[n, 1].time_s for n in once]
     alpha, beta = _least([(1.0, p.n, p.time_s, w) for p, w in zip(points, took, strict=True)])
-    pass_s, overlap_s = _least([
-        (degree - 1.0, n, rest[n, degree].time_s - rest[n, 1].time_s, whole[n, degree].time_s)
-        for n, degree in rest if degree > 1 and (n, 1) in rest])
+    each = {n: [(s.time_s - rest[n, 1].time_s) / (degree - 1) for (m, degree), s in rest.items()
+                if m == n and degree > 1] for n in once}
+    passes = tuple((n, max(0.0, statistics.fmean(found))) for n, found in each.items() if found)
     level = sum(1 / w for w in took) / sum(1 / w**2 for w in took)         # the best constant
     spread = sum((1 - level / w) ** 2 for w in took)
     errors = sum(((alpha + beta * p.n - p.time_s) / w) ** 2 for p, w in zip(points, took, strict=True))
     r2 = max(0.0, 1 - errors / spread) if spread > 1e-28 * len(took) else 1.0
-    return LayerLine(alpha, beta, r2, tuple(points), pass_s, overlap_s, tuple(took))
+    return LayerLine(alpha, beta, r2, tuple(points), passes, tuple(took))
 
 
 def _least(rows: Sequence[tuple[float, float, float, float]]) -> tuple[float, float]:
     """(a, b), neither negative, of least squared errors of a u + b v = y in parts of w, for rows
     (u, v, y, w). Where these do not tell the two apart, all is a's."""
-    if not rows:
-        return 0.0, 0.0
     us, vs, ys = zip(*((u / w, v / w, y / w) for u, v, y, w in rows), strict=True)
     uu, uv, vv, uy, vy = (sum(map(float.__mul__, a, b)) for a, b in
                           ((us, us), (us, vs), (vs, vs), (us, ys), (vs, ys)))
