@@ -43,12 +43,14 @@ def cost_model(p: Preset, mesh: DeviceMesh, dtype: torch.dtype, *, save: bool, b
         loaded.append(CostModel.load())
         if shape not in [e.shape for e in loaded[0].experts]:
             raise ValueError(f"the saved cost model has no {shape}")
+        if loaded[0].top_k != p.top_k:
+            raise ValueError(f"the saved cost model's layers are of {loaded[0].top_k} experts a token")
 
     why = attempt(load)
     if why is None:
         return loaded[0]
     say(f"profiling first ({why})")
-    found = lina.profile(mesh, budget_s=budget_s, shapes=[shape])
+    found = lina.profile(mesh, budget_s=budget_s, shapes=[shape], top_k=p.top_k)
     if save:
         found.save()
     say(found.describe())

@@ -228,6 +228,14 @@ def test_a_transport_is_not_taken_for_its_link_alone():
     assert any(r.startswith("no whole layer was measured over c10d, nccl: ") for r in plan.reasons)
 
 
+def test_layers_of_other_experts_a_token_are_told():
+    found = dataclasses.replace(cost(), layers={"c10d": NCCL}, top_k=2)
+    (said,) = (r for r in decide(load(), found, transports=("c10d",)).reasons if "experts a token" in r)
+    assert said.startswith("whole layers were measured with 2 experts a token, the model has 1: ")
+    right = dataclasses.replace(found, top_k=1)
+    assert not any("experts a token" in r for r in decide(load(), right, transports=("c10d",)).reasons)
+
+
 def test_gradients_give_way_to_c10d_on_cpus_alone():
     """On GPUs the host is ahead, and they would all come last."""
     for device, schedules in (("cpu", {"plain", "lina"}), ("cuda", {"plain"})):

@@ -56,6 +56,7 @@ def one_model(device):
         times = line.whole_s if op.startswith("layer") else [p.low_s for p in line.points]
         assert all(s > 0 for s in times)
     assert settings(mesh) == Settings(tokens=7), "as they were"
+    assert model.top_k == 2 and "layers of 2 experts a token" in model.describe()
     replicas = lina.profile(lina.mesh(ep=1), budget_s=1, sizes=SIZES, shapes=[])
     assert list(replicas.links) == [("allreduce", "c10d")] and replicas.ep == 1
 
@@ -73,6 +74,9 @@ def refusals(device):
         lina.profile(budget_s=1 + dist.get_rank())
     with pytest.raises(ValueError, match="budget_s is -1"):
         lina.profile(budget_s=-1)
+    for top_k in (0, 5):
+        with pytest.raises(ValueError, match=f"top_k is {top_k}, must be from 1 to the layer's 4 experts"):
+            lina.profile(shapes=[ExpertShape(16, 16, 2)], top_k=top_k)
 
     def prepare(ranks, n):
         if dist.get_rank() == 1:
@@ -112,13 +116,17 @@ def whole_layers(device):
     """Rank 1 sleeps 4 ms in each layer forward: both ranks say so. A rank that cannot is a note."""
     real = layers.moe
 
+    routed = []
+
     def late(*args, **options):
+        routed.append(args[2])
         time.sleep(4e-3 * dist.get_rank())
         return real(*args, **options)
 
     given = dict(budget_s=1, sizes=SIZES, shapes=[ExpertShape(16, 16, 2)], device="cpu")
     with mock.patch.object(layers, "moe", late):
-        model = lina.profile(**given)                      # over all ranks, without a mesh
+        model = lina.profile(**given, top_k=3)             # over all ranks, without a mesh
+    assert model.top_k == 3 and {ids.shape[1] for ids in routed} == {3}
     forward, backward = model.layers["c10d"]
     assert all(s >= 4e-3 for s in forward.whole_s) and min(backward.whole_s) < 4e-3 + forward.alpha_s
 
@@ -153,6 +161,9 @@ BAD = [(["--ranks", "0"], "--ranks: 0, at least 1"),
        (["--dim", "0"], "--dim: 0, at least 1"),
        (["--experts", "3"], "--experts: 3, a multiple of --ep = 2"),
        (["--experts", "2048"], "--experts: 2048, at most 1024"),
+       (["--experts", "4", "--top-k", "5"], "--top-k: 5, from 1 to --experts = 4"),
+       (["--top-k", "0"], "--top-k: 0, from 1 to --experts = 8"),
+       (["--activation", "tanh"], "--activation: invalid choice: 'tanh'"),
        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
        (["--rank", "2"], "unrecognized arguments: --rank"),      # no abbreviations

@@ -34,6 +34,8 @@ class Options:
     dim: int | None = None
     ffn_dim: int | None = None
     experts: int | None = None
+    top_k: int | None = None
+    activation: str = "swiglu"
     dtype: str | None = None
     budget: float = 15.0
     out: str | None = None
@@ -57,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int, metavar="N")
     add("--ffn-dim", "width F of one expert (default: 768 on cuda, else 192)", type=int, metavar="N")
     add("--experts", "experts over all ep ranks (default: 128 on cuda, else 8)", type=int, metavar="N")
+    add("--top-k", "experts a token of whole layers (default: 8 on cuda, else 2)", type=int, metavar="N")
+    add("--activation", "of the experts (default: swiglu)", choices=lina.ops.ACTIVATIONS, default="swiglu")
     add("--dtype", "of experts and products (default: bfloat16 on cuda, else float32)",
         choices=tuple(DTYPES))
     add("--budget", "seconds for it, the ranks' start included (default: 15)", type=float, default=15.0,
@@ -111,8 +115,11 @@ def _shape(o: Options) -> ExpertShape:
         raise OptionError(f"--experts: {o.experts}, a multiple of --ep = {ep}")
     if o.experts is not None and o.experts > 1024:
         raise OptionError(f"--experts: {o.experts}, at most 1024")
-    return ExpertShape(o.dim or usual.dim, o.ffn_dim or usual.ffn_dim,
-                       o.experts // ep if o.experts else usual.local, o.dtype or usual.dtype)
+    local = o.experts // ep if o.experts else usual.local
+    if o.top_k is not None and not 1 <= o.top_k <= local * ep:
+        raise OptionError(f"--top-k: {o.top_k}, from 1 to --experts = {local * ep}")
+    return ExpertShape(o.dim or usual.dim, o.ffn_dim or usual.ffn_dim, local, o.dtype or usual.dtype,
+                       o.activation)
 
 
 def _writable(o: Options) -> None:
@@ -155,7 +162,7 @@ def _rank(o: Options, shape: ExpertShape, local: int, local_world: int, store: d
     likely = o.budget - (time.time() - started) - (1.5 if o.png else 0)     # matplotlib takes that long
     left = [likely]
     dist.broadcast_object_list(left, src=0)
-    model = profile(mesh, budget_s=max(LEAST_S, left[0]), shapes=[shape],
+    model = profile(mesh, budget_s=max(LEAST_S, left[0]), shapes=[shape], top_k=o.top_k,
                     transports=None if o.transports is None else o.transports.split(","),
                     progress=_progress if first and not o.quiet else None)
     launch.worked(local, store)

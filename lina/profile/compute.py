@@ -28,6 +28,11 @@ def default_shape(device: str, ep: int) -> ExpertShape:
     return ExpertShape(128, 192, max(1, 8 // ep), "float32")
 
 
+def default_top_k(device: str) -> int:
+    """Of the layers that :func:`default_shape` is of."""
+    return 8 if device == "cuda" else 2
+
+
 def expert_rows(shape: ExpertShape, device: str) -> list[int]:
     """The numbers of rows that a pass is measured at."""
     return [shape.local * each for each in ROWS[device]]

@@ -25,7 +25,6 @@ from lina.profile.measure import Ranks
 LAYERS = 4
 # A rank's; of the fewest only what is constant counts.
 TOKENS = {"cuda": (64, 2048, 8192, 32768), "cpu": (16, 256, 1024, 4096)}
-TOP_K = 2
 REPEATS, FEWEST = 7, 3          # of a case; if time is short
 LEAST = 4                       # the cases that are timed whatever they cost
 # On CUDA each timed run has one before it: after a rest products are faster than in a step, by a sixth.
@@ -40,7 +39,7 @@ def cases(device: str, transport: str) -> list[tuple[int, int]]:
     return [(few, 1), (some, 1), (some, 2), (many, 1), (most, 1), (many, several), (most, several), (few, 2)]
 
 
-def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
+def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape, top_k: int,
           seconds: float) -> tuple[list[LayerTimes], str]:
     """A layer's times over ``transport`` in about ``seconds``, connecting not counted, by :func:`cases`; the
     slowest rank's, medians. And one line of text where a case could not be run, the same on all ranks."""
@@ -50,7 +49,7 @@ def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
     why = ""
     try:
         held.transport = transport
-        stack = Stack(ranks, mesh, shape)
+        stack = Stack(ranks, mesh, shape, top_k)
         left, last = seconds, (1, 0.0)                     # tokens and seconds of a run
         for i, (tokens, passes) in enumerate(cases(ranks.device.type, transport)):
             likely = last[1] * max(1.0, tokens / last[0])
@@ -88,11 +87,11 @@ def supported(transport: str) -> bool:
 class Stack:
     """LAYERS spread layers, each the next one's input. Their weights share memory, not gradients."""
 
-    def __init__(self, ranks: Ranks, mesh: DeviceMesh, shape: ExpertShape) -> None:
+    def __init__(self, ranks: Ranks, mesh: DeviceMesh, shape: ExpertShape, top_k: int) -> None:
         assert ranks.ep is not None         # exchanges
         self.device, self.mesh, self.shape, self.ep = ranks.device, mesh, shape, ranks.ep.size()
         self.experts = shape.local * self.ep
-        self.top_k = min(TOP_K, self.experts)
+        self.top_k = top_k
         self.make = partial(Experts, ranks, shape)
         self.itemsize = DTYPES[shape.dtype].itemsize
         self.weights: list[tuple[torch.Tensor, ...]] = []

@@ -37,7 +37,7 @@ Measure = Callable[[float], str]        # in so many seconds; why not, or nothin
 
 def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: str | None = None,
             transports: Sequence[str] | None = None, sizes: Sequence[int] = links.SIZES,
-            shapes: Sequence[ExpertShape] | None = None,
+            shapes: Sequence[ExpertShape] | None = None, top_k: int | None = None,
             progress: Callable[[str], None] | None = None) -> CostModel:
     """Measures this machine and fits t = alpha + n * beta to each operation.
 
@@ -56,6 +56,8 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
         shapes: of the experts to measure passes of. Default: one of Qwen3-30B-A3B's layers over the ep
             ranks on CUDA, one of `lina train`'s on the CPU. The first one's D and dtype are those of
             the dense products. None (an empty list): links alone.
+        top_k: experts a token K of whole layers, at most the first shape's over the ep ranks; default: 8 on
+            CUDA, 2 on the CPU, or all there are.
         progress: called with one line before each measurement.
 
     Raises:
@@ -69,10 +71,11 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
     start = time.perf_counter()
     ranks = _ranks(mesh, device)
     kind, ep = ranks.device.type, 1 if ranks.ep is None else ranks.ep.size()
-    _check_same(ranks, [budget_s, kind, transports, sizes, shapes])
+    _check_same(ranks, [budget_s, kind, transports, sizes, shapes, top_k])
     wanted = _transports(transports)
     _check(budget_s, sizes)
     shapes = [compute.default_shape(kind, ep)] if shapes is None else list(shapes)
+    top_k = _top_k(top_k, shapes[0].local * ep, kind) if shapes else 0
     found_links: dict[tuple[str, str], Line] = {}
     passes: dict[ExpertShape, dict[str, Line]] = {shape: {} for shape in shapes}
     single: dict[str, Line] = {}
@@ -103,7 +106,8 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
         whole = layers.mesh_of(ranks, mesh) if over else None
         for name in over:
             assert whole is not None
-            tasks.append((LAYER, f"layer {name}", _whole(ranks, whole, name, shapes[0], found_links, times)))
+            tasks.append((LAYER, f"layer {name}",
+                          _whole(ranks, whole, name, shapes[0], top_k, found_links, times)))
 
     while tasks:
         share = tasks[0][0] / sum(task[0] for task in tasks)
@@ -120,7 +124,7 @@ def profile(mesh: DeviceMesh | None = None, *, budget_s: float = 20.0, device: s
         machine_facts(), kind, 1 if ranks.world is None else ranks.world.size(), ep, found_links, experts,
         single.get("gemm"), single.get("copy"), shapes[0].dtype if shapes else "float32", _versions(),
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        time.perf_counter() - start, tuple(notes))
+        time.perf_counter() - start, tuple(notes), top_k=top_k)
     return _rank0s(ranks, _with_layers(model, times))
 
 
@@ -135,12 +139,20 @@ def _line(ranks: Ranks, prepare: Prepare, ns: Sequence[int], keep: Callable[[Lin
     return measured
 
 
-def _whole(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape,
+def _top_k(given: int | None, experts: int, device: str) -> int:
+    if given is None:
+        return min(compute.default_top_k(device), experts)
+    if not 1 <= given <= experts:
+        raise ValueError(f"profile: top_k is {given}, must be from 1 to the layer's {experts} experts")
+    return given
+
+
+def _whole(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape, top_k: int,
            found_links: dict[tuple[str, str], Line], times: dict[str, list[LayerTimes]]) -> Measure:
     def measured(seconds: float) -> str:
         if ("a2a", transport) not in found_links:          # the reason is told with that
             return ""
-        times[transport], why = layers.timed(ranks, mesh, transport, shape, seconds)
+        times[transport], why = layers.timed(ranks, mesh, transport, shape, top_k, seconds)
         return why
     return measured
 

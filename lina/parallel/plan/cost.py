@@ -33,7 +33,7 @@ class CostModel:
         experts: passes by shape.  gemm: one dense product, by floating-point operations.
         copy: within a device's memory, by bytes copied.
         layers: by transport: what a whole spread layer takes beside exchanges and experts, forward and
-            backward.
+            backward.  top_k: experts a token of these layers; 0: none was measured.
         versions: of lina, torch and NCCL.  date: ISO 8601, UTC.  notes: what could not be measured.
     """
 
@@ -51,6 +51,7 @@ class CostModel:
     seconds: float = 0.0            # that measuring took
     notes: tuple[str, ...] = ()
     layers: dict[str, tuple[LayerLine, LayerLine]] = field(default_factory=dict)
+    top_k: int = 0
 
     def line(self, operation: str, transport: str | None = None) -> Line:
         """The line of an operation: "a2a", "allreduce", "experts_fwd", "experts_bwd" (of the first
@@ -131,9 +132,10 @@ class CostModel:
 
     def describe(self) -> str:
         """A table of all lines, and a warning for each that fits badly and is what predictions follow."""
+        layers = f"; layers of {self.top_k} experts a token" if self.layers else ""
         where = self.machine["gpus"][0] if self.device == "cuda" else self.machine["cpu"]
         out = [f"{self.world} rank{'s' * (self.world > 1)} on {self.device} ({where}), ep {self.ep}, "
-               f"measured in {self.seconds:.1f} s",
+               f"measured in {self.seconds:.1f} s{layers}",
                f"{'operation':<12}{'transport':<26}{'alpha us':>10}{'rate':>20}{'r2':>9}{'off':>7}"
                f"{'points':>8}"]
         rows = self.rows()
@@ -149,7 +151,7 @@ class CostModel:
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON-able values; :meth:`from_json` takes it back."""
         found = {name: getattr(self, name) for name in
-                 ("machine", "device", "world", "ep", "dtype", "versions", "date", "seconds")}
+                 ("machine", "device", "world", "ep", "dtype", "versions", "date", "seconds", "top_k")}
         return {"kind": KIND, "format": FORMAT, **found, "notes": list(self.notes),
                 "links": [{"operation": op, "transport": t, **asdict(line)}
                           for (op, t), line in self.links.items()],
@@ -175,7 +177,7 @@ class CostModel:
             return CostModel(dict(value["machine"]), str(value["device"]), int(value["world"]),
                              int(value["ep"]), links, experts, gemm, copy, str(value["dtype"]),
                              dict(value["versions"]), str(value["date"]), float(value["seconds"]),
-                             tuple(value["notes"]), layers)
+                             tuple(value["notes"]), layers, int(value["top_k"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a cost model written by lina ({type(error).__name__}: {error})") from error
 

@@ -276,6 +276,10 @@ def _why(load: Workload, cost: CostModel, trials: list[Trial], found: Trial) -> 
             one, many = (layers_s(load, cost, found.transport, way, r) for r in (1, found.degree[way]))
             said.append(f"{name}: all layers' experts, exchanges and what is around them take "
                         f"{1e3 * one:.2f} ms in one pass, {1e3 * many:.2f} in {found.degree[way]}")
+    other = sorted({layer.top_k for layer in load.layers} - {cost.top_k})
+    if other and cost.layers:
+        said.append(f"whole layers were measured with {cost.top_k} experts a token, the model has "
+                    f"{', '.join(map(str, other))}: what these need around is another (lina profile --top-k)")
     unknown = [t for t in dict.fromkeys(t.transport for t in trials) if t not in cost.layers]
     if unknown:
         said.append(f"no whole layer was measured over {', '.join(unknown)}: what one needs beside experts "
