@@ -2,10 +2,11 @@
 
     python benchmarks/compare_schedules.py --out FOLDER [--designs plain,lina/nccl] -- --steps 2000 ...
 
-A design is SCHEDULE[/TRANSPORT[/FORWARD:BACKWARD]], by default over c10d; what follows `--` goes to every
-`lina train`. Each run has a folder below FOLDER; one that is whole is not run again. --jobs N makes N runs at
-a time; where one fails, those under way still end, and no other begins. A seed gives every design the same
-first weights and the same batches, so what differs is rounding, and what rounding grows to.
+A design is SCHEDULE[/TRANSPORT[/FORWARD:BACKWARD]], by default over c10d, but auto over what it chooses; what
+follows `--` goes to every `lina train`. Each run has a folder below FOLDER; one that is whole is not run
+again. --jobs N makes N runs at a time; where one fails, those under way still end, and no other begins. A
+seed gives every design the same first weights and the same batches, so what differs is rounding, and what
+rounding grows to.
 
 Each design is compared with the first. They agree if both hold:
 1. the mean held-out bits differ by at most 2 standard errors, sqrt(var_a / n + var_b / n) over n seeds

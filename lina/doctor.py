@@ -197,9 +197,10 @@ def _paths(found: dict[str, Any]) -> list[str]:
                 "its sm_80 code" if major == 8 else "sm_80 code compiled by the driver"
             lines.append(f"cuda:{i}: lina's kernels, {code}; products by torch's grouped product")
     backends = found["backends"]
-    reason = "NCCL on GPUs" if gpus and backends["nccl"] else \
-        "gloo on the CPU" if backends["gloo"] else "no backend"
-    lines.append(f"several ranks: transport c10d over {reason}, unless lina.mesh is given another")
+    reason = "nccl on GPUs" if gpus and backends["nccl"] and found["cuda_kernels_built"] else \
+        "c10d over NCCL on GPUs" if gpus and backends["nccl"] else \
+        "c10d over gloo on the CPU" if backends["gloo"] else "c10d, of which torch has no backend"
+    lines.append(f"several ranks: transport {reason}, unless lina.mesh is given another")
     if found["gpus"]:
         off = found["priority_off"]
         lines.append("gradients: " + (f"give way to nothing, {off}" if off else

@@ -57,7 +57,7 @@ def exchange(device) -> None:
     for rate, sms in ((2e10, 4), (3e11, 0)):         # experts leave SMs to slow links alone
         with mock.patch.object(nccl.NCCL, "_rate", lambda self, rate=rate: rate):
             transport = nccl.NCCL(world())
-        assert (transport.sms, transport.slow) == (sms, rate < 1e11)
+        assert (transport.sms, transport.fast) == (sms, rate > 1e11)
         transport.close()
 
 
@@ -194,6 +194,8 @@ def misuse(device) -> None:
     assert "send_bytes has 1 entries" in error_of(ValueError, comm.all_to_all, at, [1], at, [1], 0, on)
     bad = [-1] * size
     assert "-1 bytes to" in error_of(ValueError, comm.all_to_all, at, bad, at, bad, 0, on)
+    assert "tokens are on cpu, transport nccl" in error_of(ValueError, transport.counts, "dispatch counts",
+                                                           torch.zeros(size, 2, dtype=torch.int64))
     assert "no policy" in error_of(RuntimeError, comm.all_reduce, at, 1, 0, True, True, on)
     assert "id has 3 bytes" in error_of(ValueError, _C.Communicator, b"abc", 0, 1, 0, "x", 1.0)
     assert "rank=5" in error_of(ValueError, _C.Communicator, bytes(128), 5, 2, 0, "x", 1.0)

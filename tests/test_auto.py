@@ -243,6 +243,8 @@ def test_gradients_give_way_to_c10d_on_cpus_alone():
         plan = decide(made, cost(row_s=1e-5), transports=("c10d", "nccl"))
         assert {t.schedule for t in plan.trials if t.transport == "c10d"} == schedules
         assert {t.schedule for t in plan.trials if t.transport == "nccl"} == {"plain", "lina"}
+        alone = decide(made, cost(row_s=1e-5), transports=("c10d",))
+        assert ("over c10d on GPUs gradients give way to nothing" in alone.reasons) == (device == "cuda")
 
 
 def test_packing_moves_only_where_it_may():

@@ -24,6 +24,9 @@ def exchange() -> list[str]:
             *(f"same_as_plain:{how}" for how in ("checkpoint", "reentrant", "hook", "trace"))]
 
 
+GPU_COMPILE = ["same_as_plain:compile", "same_as_plain:compile:lina"]
+
+
 RUNS = {
     "train4": Run("parallel_worker", training(LAYOUTS), 4),
     "train2": Run("parallel_worker", [f"parity:{ep}:deepseek" for ep in (1, 2)], 2),
@@ -31,6 +34,7 @@ RUNS = {
     "exchange4": Run("exchange_worker", exchange(), 4),
     "gpu-train2": Run("parallel_worker", training((1, 2)), 2, "nccl"),
     "gpu-exchange2": Run("exchange_worker", exchange(), 2, "nccl"),
+    "gpu-compile2": Run("exchange_worker", GPU_COMPILE, 2, "nccl"),
 }
 
 

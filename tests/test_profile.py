@@ -239,6 +239,7 @@ def test_nccls_settings_make_another_machine(tmp_path, monkeypatch):
                                     lambda v: v.update(format=3), lambda v: v["gemm"].update(beta_s=-1.0),
                                     lambda v: v["layers"][0]["forward"].update(passes=[[1.0, -1.0]]),
                                     lambda v: v["layers"][0]["backward"].update(passes=[[1.0]]),
+                                    lambda v: v["layers"][0]["forward"].update(passes=[[1.0, 0], [1.0, 1]]),
                                     lambda v: v["layers"][0]["forward"].update(whole_s=[]),
                                     lambda v: v["experts"][0]["shape"].update(local=0)])
 def test_what_is_no_model_is_refused(tmp_path, damage):

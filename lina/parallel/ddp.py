@@ -19,10 +19,10 @@ from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.watched import ordered
 from lina.parallel.mesh import groups
 from lina.parallel.plan.decide import Plan
-from lina.parallel.settings import common
+from lina.parallel.settings import common, meshes, settings
 from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
-from lina.parallel.transport.carriers import set_degree
+from lina.parallel.transport.carriers import agree_degree
 
 SCHEDULES = ("plain", "lina", "auto")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"      # torch's name
@@ -95,8 +95,11 @@ class DataParallel(DistributedDataParallel):
             self._auto = Auto(mesh, *cost, given, next(module.parameters()).device)
             self.register_comm_hook(self._auto.order, ordered)
             degree = (1, 1)                    # while it observes
-        if degree is not None or schedule == "lina":
-            set_degree(module, mesh, degree)
+        if schedule == "lina":
+            degree = agree_degree("ddp", [*spread_meshes(holders), mesh][0], degree, world)
+        if degree is not None:
+            for one in meshes(module, mesh):
+                settings(one).degree = degree
         if state is not None:
             state.queue(next(module.parameters()).device)      # by all ranks together, now
             self.gently = state
@@ -194,7 +197,8 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             hook or the experts' names, shapes or dtypes; with "auto" a cost model that is missing, of
             another machine, or without the transport in use; on every rank. In forward: another
             transport than gradients were set up to give way to.
-        RuntimeError: no parameter outside the experts takes a gradient. In forward: the model was
+        RuntimeError: no parameter outside the experts takes a gradient; a rank cannot make the transport, on
+            every rank. In forward: the model was
             given back its experts (:func:`lina.unswap`) since. In backward: another rank failed or
             left, within the group's timeout; with "lina", experts that from some step on run in several
             reentrant checkpoints, so that a gradient comes in parts.

@@ -19,10 +19,10 @@ from lina.parallel.gradients.hook import HookState, over_meshes, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.mesh import groups
-from lina.parallel.settings import common
+from lina.parallel.settings import common, meshes, settings
 from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
-from lina.parallel.transport.carriers import set_degree
+from lina.parallel.transport.carriers import agree_degree
 
 SCHEDULES = ("plain", "lina")
 _HERE = "_lina_fsdp"          # the attribute of a model that keeps what a call set
@@ -93,7 +93,8 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
         ValueError: nothing is sharded by fully_shard, or experts are, or a dense parameter is not, or
             not over all ranks of ``mesh``; another option that cannot work; ranks that differ, as in
             :func:`ddp`. In forward: as there.
-        RuntimeError: torch has no ``set_custom_reduce_scatter``. In backward: another rank failed or left.
+        RuntimeError: torch has no ``set_custom_reduce_scatter``, or a rank cannot make the transport. In
+            backward: another rank failed or left.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"fsdp: schedule is {schedule!r}, must be one of {', '.join(SCHEDULES)}")
@@ -105,19 +106,22 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
     world, experts = groups(mesh).world, expert_parameters(model)
     _check(model, experts, world)
     if state is not None:
-        meshes = spread_meshes([layer.module for _, layer in layers(model)])
-        state, refused = over_meshes(state, mesh, meshes)
+        spread = spread_meshes([layer.module for _, layer in layers(model)])
+        state, refused = over_meshes(state, mesh, spread)
     check_same(experts, world, "fsdp", **common(model, mesh, schedule, degree), **user_settings(state),
                find_unused_parameters=bool(find_unused_parameters), refused=refused)
     if refused:
         raise ValueError(refused)
+    if state is not None:
+        degree = agree_degree("fsdp", [*spread, mesh][0], degree, world)
     before = vars(model).pop(_HERE, None)
     if before is not None:
         before.remove()
     reducer = _Experts(model, experts, state, may_be_unused=find_unused_parameters)
     reducer.broadcast()
-    if degree is not None or state is not None:
-        set_degree(model, mesh, degree)
+    if degree is not None:
+        for one in meshes(model, mesh):
+            settings(one).degree = degree
     if state is not None:
         state.queue(next(model.parameters()).device)         # by all ranks together, now
         reducer.queue = state.queue

@@ -60,7 +60,7 @@ def settings(mesh: DeviceMesh) -> Settings:
     return _settings[mesh]
 
 
-_usual: WeakIdKeyDictionary = WeakIdKeyDictionary()        # mesh -> what "auto" stands for
+_auto: WeakIdKeyDictionary = WeakIdKeyDictionary()         # mesh -> what "auto" stands for
 
 
 def chosen(mesh: DeviceMesh) -> str:
@@ -68,17 +68,18 @@ def chosen(mesh: DeviceMesh) -> str:
     name = settings(mesh).transport
     if name != "auto":
         return name
-    if mesh not in _usual:
+    if mesh not in _auto:
         ours = mesh.device_type == "cuda" and _C.CUDA
         served = ours and "cuda:nccl" in dist.get_backend_config(mesh.get_group("ep"))
-        _usual[mesh] = "nccl" if served else "c10d"
-    return _usual[mesh]
+        _auto[mesh] = "nccl" if served else "c10d"
+    return _auto[mesh]
 
 
 def meshes(model: nn.Module, *more: DeviceMesh) -> list[DeviceMesh]:
-    """Of a model's modules, and ``more``."""
+    """``more``, and those of a model's modules that experts can be spread over, each once."""
     found = (getattr(module, "mesh", None) for module in model.modules())
-    return [*more, *(m for m in found if isinstance(m, DeviceMesh))]
+    spread = [m for m in found if isinstance(m, DeviceMesh) and "ep" in (m.mesh_dim_names or ())]
+    return list({id(m): m for m in (*more, *spread)}.values())
 
 
 def common(model: nn.Module, mesh: DeviceMesh, schedule: str, degree: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ MOST_AHEAD_S = 10e-3            # that the host gets on CUDA: longer than what i
 def cases(device: str, transport: str) -> list[tuple[int, int]]:
     """(tokens, passes each way), the most important first."""
     few, some, many, most = TOKENS[device]
-    several = 2 if transport == "p2p" else 4         # that are likely
+    several = 2 if transport == "p2p" else 4         # of which plans are likely to choose
     return [(few, 1), (some, 1), (some, 2), (many, 1), (most, 1), (many, several), (most, several), (few, 2)]
 
 
@@ -50,9 +50,10 @@ def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape, to
     try:
         held.transport = transport
         stack = Stack(ranks, mesh, shape, top_k)
-        left, last = seconds, (1, 0.0)                     # tokens and seconds of a run
+        left, took = seconds, {1: 0.0}                     # seconds of a run by tokens, the longest of each
         for i, (tokens, passes) in enumerate(cases(ranks.device.type, transport)):
-            likely = last[1] * max(1.0, tokens / last[0])
+            nearest = max(n for n in took if n <= tokens)
+            likely = took[nearest] * tokens / nearest
             if i >= LEAST and (FEWEST + 2) * RUNS[ranks.device.type] * likely > left:
                 continue
             held.degree, held.tokens = (passes, passes), tokens
@@ -65,7 +66,7 @@ def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape, to
             load, n = stack.load(tokens), float(tokens * shape.dim * stack.itemsize)
             found.append(LayerTimes(load, passes, *(point_of(n, way) for way in zip(*rows, strict=True))))
             spent, longest = ranks.slowest([time.perf_counter() - start, LAYERS * max(map(sum, rows))])
-            left, last = left - spent, (tokens, longest)
+            left, took[tokens] = left - spent, max(longest, took.get(tokens, 0.0))
     finally:
         held.transport, held.degree, held.tokens = before
     return found, why

@@ -67,7 +67,8 @@ HELP = {
     "ranks": "processes to start (default: one a GPU, else 2); torchrun's count under torchrun",
     "ep": "ranks that share the experts (default: as many as possible)",
     "schedule": "gradients beside all-to-alls (plain), after them (lina), or as planned (auto)",
-    "transport": "what carries tokens between ranks: c10d, or on cuda nccl (then the default) or p2p",
+    "transport": "what carries tokens between ranks: c10d, or on cuda nccl or p2p (default: auto, "
+                 "nccl on cuda)",
     "degree": "passes of the experts forward and backward, 1 to 8 (default: 1,1; lina: by the link; "
               "auto: planned)",
     "device": "cpu or cuda (default: cuda where there is one)",

@@ -243,7 +243,7 @@ def _tried(load: Workload, cost: CostModel, transports: tuple[str, ...], degree:
     for schedule in _FIRST if load.layers and load.ep > 1 else ("plain",):
         for name in transports:
             if (schedule, name, load.device) == ("lina", "c10d", "cuda"):
-                continue       # the host, which is ahead, lets no gradient go before the last all-to-all
+                continue       # the host's thread, far ahead of the GPU, would hold gradients back to the end
             best = (1, 1)
             if name == "p2p":                        # whose passes take SMs, of which the model knows nothing
                 best = degree if degree is not None and degree[0] == degree[1] else best
@@ -276,6 +276,8 @@ def _why(load: Workload, cost: CostModel, trials: list[Trial], found: Trial) -> 
             one, many = (layers_s(load, cost, found.transport, way, r) for r in (1, found.degree[way]))
             said.append(f"{name}: all layers' experts, exchanges and what is around them take "
                         f"{1e3 * one:.2f} ms in one pass, {1e3 * many:.2f} in {found.degree[way]}")
+    if load.device == "cuda" and {t.transport for t in trials} == {"c10d"}:
+        said.append("over c10d on GPUs gradients give way to nothing")
     other = sorted({layer.top_k for layer in load.layers} - {cost.top_k})
     if other and cost.layers:
         said.append(f"whole layers were measured with {cost.top_k} experts a token, the model has "

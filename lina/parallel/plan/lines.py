@@ -172,7 +172,9 @@ def read_line(value: dict[str, Any]) -> Line:
 def read_layer_line(value: dict[str, Any]) -> LayerLine:
     """As :func:`read_line`."""
     line, passes = read_line(value), tuple((float(n), float(s)) for n, s in value["passes"])
-    whole_s = tuple(map(float, value["whole_s"]))
+    whole_s, sizes = tuple(map(float, value["whole_s"])), [[p.n for p in line.points], [n for n, _ in passes]]
     if not all(0 <= x < math.inf for each in passes for x in each) or len(whole_s) != len(line.points):
         raise ValueError(f"a layer's passes {passes}, {len(whole_s)} times of {len(line.points)} points")
+    if any(len(set(each)) < len(each) for each in sizes):
+        raise ValueError(f"a layer's sizes {sizes}, one of them twice")
     return LayerLine(line.alpha_s, line.beta_s, line.r2, line.points, passes, whole_s)

@@ -247,16 +247,15 @@ def pack(*parts: Tensor) -> Tensor:
     return torch.cat(columns, 1)
 
 
-def slices(packed: Tensor, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """The parts of ``pack``: strided views where their elements are aligned as they lie, else copies."""
+def unpack(packed: Tensor, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *,
+           views: bool = False) -> list[Tensor]:
+    """The parts of ``pack``, each in memory of its own; ``views``: strided ones where their elements are no
+    wider than those they were packed in."""
+    def read(part: Tensor, dtype: torch.dtype) -> Tensor:
+        in_place = views and dtype.itemsize <= part.element_size()
+        return (part if in_place else part.clone(memory_format=torch.contiguous_format)).view(dtype)
+
     columns = [w * dtype.itemsize // packed.element_size() for w, dtype in zip(widths, dtypes, strict=True)]
-    parts = packed.split([*columns, packed.shape[1] - sum(columns)], 1)
-    return [packed.new_empty(len(packed), 0, dtype=dtype) if not w else
-            (part if dtype.itemsize <= part.element_size() else
-             part.clone(memory_format=torch.contiguous_format)).view(dtype)
+    parts = packed.split([*columns, packed.shape[1] - sum(columns)], 1)      # the last is what was filled up
+    return [read(part, dtype) if w else packed.new_empty(len(packed), 0, dtype=dtype)
             for part, w, dtype in zip(parts, widths, dtypes, strict=False)]
-
-
-def unpack(packed: Tensor, widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """The parts of ``pack``, each in memory of its own."""
-    return [part.clone(memory_format=torch.contiguous_format) for part in slices(packed, widths, dtypes)]

@@ -32,7 +32,7 @@ from lina.parallel.mesh import groups, local_count
 from lina.parallel.plan.observe import saw_layer
 from lina.parallel.settings import chosen, settings
 from lina.parallel.tokens import p2p, padded
-from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, slices, unpack
+from lina.parallel.tokens.dispatch import collect, dispatch, eagerly, pack, unpack
 from lina.parallel.tokens.header import facts
 from lina.parallel.tokens.layout import Layout, found_in
 from lina.parallel.tokens.passes import Job, add_up, plan, run
@@ -102,10 +102,11 @@ def _carried(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w
     x_TD, weight_TK, *weights, raw_options = ops.moe_arguments(
         "moe", x_TD, weight_TK, expert_TK, w_up, w_down, **options)
     in_graph: Any = eagerly(padded.capturing)
+    made: Any = eagerly(transport)
     if in_graph(x_TD):
         w_up, options["b_up"], w_down, options["b_down"] = weights
         return padded.moe(x_TD, weight_TK, expert_TK, w_up, w_down, experts=experts,
-                          carrier=transport(mesh), **options)
+                          carrier=made(mesh), **options)
     if name == "c10d" and degree == (1, 1):
         w_up, options["b_up"], w_down, options["b_down"] = weights
         trained = any(t is not None and t.requires_grad for t in weights)
@@ -113,7 +114,7 @@ def _carried(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, w_up: Tensor, w
         return collect(ops.moe(x_RD, weight_RK, expert_RK, w_up, w_down, **options), route)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad
              for t in (x_TD, weight_TK, *weights)]
-    job = Job(transport(mesh), experts, degree, raw_options, needs)
+    job = Job(made(mesh), experts, degree, raw_options, needs)
     return eagerly(_spread)(x_TD, weight_TK, expert_TK, weights, job)
 
 
@@ -252,7 +253,8 @@ def _backward(dout_TD: Tensor, saved: Any, lays: list[Layout], passes: list[_Pas
 
         run(job, lay, ("collect backward", "dispatch backward"), dout_TD, D, back, compute, after)
         if back is not None:
-            arrived = slices(back, tuple(w for _, w in returned), tuple(dtypes[i] for i, _ in returned))
+            arrived = unpack(back, tuple(w for _, w in returned), tuple(dtypes[i] for i, _ in returned),
+                             views=True)
             for whole, part in zip(rows, arrived, strict=True):
                 whole[:S] = part
     found: list[Tensor | None] = [None, None]

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lina.parallel.experts import together
 from lina.parallel.mesh import groups
-from lina.parallel.settings import chosen, meshes, settings
+from lina.parallel.settings import chosen
 from lina.parallel.transport.base import Transport, failure
 from lina.parallel.transport.c10d import C10d
 from lina.parallel.transport.nccl import NCCL
 from lina.parallel.transport.peers import in_use
 
 makers: dict[str, Callable[[dist.ProcessGroup], Transport]] = {"c10d": C10d, "nccl": NCCL}
-SLOW_DEGREE = (4, 4)             # of schedule "lina": what two models of experts were fastest in over 23 GB/s
+# Of schedule "lina" over slow links: over 23 GB/s fastest of a Transformer-XL-like model by a tenth, and 1 %
+# behind 2 passes of a Qwen3-like one (benchmarks/results).
+SLOW_DEGREE = (4, 4)
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()         # mesh -> its transports by name
 
 
@@ -38,19 +39,24 @@ def transport(mesh: DeviceMesh) -> Transport:
     return made[name]
 
 
-def set_degree(model: nn.Module, mesh: DeviceMesh, degree: tuple[int, int] | None) -> None:
-    """Set ``degree`` for ``mesh`` and every mesh of ``model``; None: the default of schedule "lina".
-    Collective."""
-    for one in meshes(model, mesh):
-        settings(one).degree = degree or _default_degree(one)
+def agree_degree(op: str, mesh: DeviceMesh, degree: tuple[int, int] | None,
+                 world: dist.ProcessGroup) -> tuple[int, int]:
+    """The passes of schedule "lina" of layers over ``mesh``: ``degree``, or what suits its links, the same on
+    all ranks of ``world``; collective. One pass over p2p, and over nccl where no rank has found its links
+    slow, for there more cost more than they hide; c10d's are not measured.
 
-
-def _default_degree(mesh: DeviceMesh) -> tuple[int, int]:
-    """One pass where links are fast, for there more cost more than they hide: over p2p, and over nccl if all
-    ranks of ``mesh`` have measured that. c10d's are not measured."""
-    name, (ep, _, world) = chosen(mesh), groups(mesh)
-    fast = name == "p2p" or (name == "nccl" and (
-        ep.size() == 1 or not any(together("mesh: nccl", world, lambda: transport(mesh).slow))))
+    Raises:
+        ValueError: ranks that were told different things, on every rank.
+        RuntimeError: the transport cannot be made on one of them; on every rank.
+    """
+    name, several = chosen(mesh), groups(mesh).ep.size() > 1
+    told = together(f"{op}: passes", world, lambda: (degree, name, several))
+    if len(set(map(repr, told))) > 1:
+        raise ValueError(f"{op}: the ranks differ in degree or transport; here: {degree}, {name}")
+    if degree is not None:
+        return degree
+    fast = name == "p2p" or (name == "nccl" and (not several or all(
+        together(f"{op}: measuring links", world, lambda: transport(mesh).fast))))
     return (1, 1) if fast else SLOW_DEGREE
 
 

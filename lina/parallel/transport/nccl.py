@@ -104,8 +104,8 @@ class NCCL(Transport):
         ones = [1] * self.size              # connections are made by the first exchange
         self.start("first exchange", spare[0], spare[1], ones, ones).wait()
         self.stream.synchronize()
-        self.slow = self._rate() < _SLOW_BYTES_S
-        self.sms = _FEW_SMS if self.slow else 0
+        self.fast = self._rate() >= _SLOW_BYTES_S
+        self.sms = 0 if self.fast else _FEW_SMS
 
     def _rate(self) -> float:
         """Bytes a second that leave a rank for the others; collective."""
@@ -118,6 +118,9 @@ class NCCL(Transport):
         return found
 
     def counts(self, label: str, mine: Tensor) -> Callable[[], Tensor]:
+        if not mine.is_cuda:
+            raise ValueError(f"{label}: tokens are on {mine.device}, transport nccl takes tensors of GPUs; "
+                             "make the mesh with device_type='cpu', or with transport='c10d'")
         mine = mine.contiguous()
         theirs = torch.empty_like(mine)
         host = torch.empty(2, *mine.shape, dtype=mine.dtype, device="cpu", pin_memory=True)
