@@ -198,10 +198,9 @@ def ddp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
             another machine, or without the transport in use; on every rank. In forward: another
             transport than gradients were set up to give way to.
         RuntimeError: no parameter outside the experts takes a gradient; a rank cannot make the transport, on
-            every rank. In forward: the model was
-            given back its experts (:func:`lina.unswap`) since. In backward: another rank failed or
-            left, within the group's timeout; with "lina", experts that from some step on run in several
-            reentrant checkpoints, so that a gradient comes in parts.
+            every rank. In forward: the model was given back its experts (:func:`lina.unswap`) since. In
+            backward: another rank failed or left, within the group's timeout; with "lina", experts that from
+            some step on run in several reentrant checkpoints, so that a gradient comes in parts.
     """
     return DataParallel(model, mesh, schedule=schedule, degree=degree, hook=hook, observe=observe,
                         optimizer=optimizer, regroup=regroup, **options)

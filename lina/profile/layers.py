@@ -57,11 +57,13 @@ def timed(ranks: Ranks, mesh: DeviceMesh, transport: str, shape: ExpertShape, to
             if i >= LEAST and (FEWEST + 2) * RUNS[ranks.device.type] * likely > left:
                 continue
             held.degree, held.tokens = (passes, passes), tokens
+            start = time.perf_counter()
             error = _attempt(ranks, stack, tokens)         # connects, allocates, loads
             if error is not None:
                 why = f"{passes} passes of {tokens} tokens: {error}"
                 break
-            start = time.perf_counter()
+            if i == 0:
+                start = time.perf_counter()                # connecting is not counted
             rows = _repeated(ranks, stack, left)
             load, n = stack.load(tokens), float(tokens * shape.dim * stack.itemsize)
             found.append(LayerTimes(load, passes, *(point_of(n, way) for way in zip(*rows, strict=True))))
