@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from emulated_text import CSRC, HERE, between, needs_cxx, once
 
-CSRC, HERE = Path(__file__).parents[1] / "csrc", Path(__file__).parent / "emulated"
 FAULTS = {"none": 150, "death": 40, "mismatch": 50, "abort": 50}         # runs
-needs_cxx = pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64",
-                               reason="no g++ for x86-64")
 
 # File, text, and what stands there instead.
 MISTAKES = {
@@ -39,16 +35,6 @@ MISTAKES = {
         ("host", "a->leaves = a->turn + 1 < turns;", "a->leaves = a->priority != NULL;"),
 }
 SEEN_AFTER = {"no barrier before the first step": "mismatch"}            # the others without a fault
-
-
-def once(text: str, old: str, new: str) -> str:
-    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in the text"
-    return text.replace(old, new)
-
-
-def between(text: str, start: str, stop: str) -> str:
-    first = text.index(start)
-    return text[first:text.index(stop, first)]
 
 
 def written(folder: Path, mistake: str | None = None) -> None:

@@ -1,9 +1,9 @@
-/* fibers.h - CUDA threads on one CPU thread: enough of the language for peers_reduce.cu.
+/* fibers.h - CUDA threads on one CPU thread.
  *
  * Every thread of a block is a fiber with a stack of its own. It gives the CPU away at
  * barriers and wherever it touches memory that others write, and which fiber goes on is drawn:
- * so blocks and ranks meet in many orders. Memory is sequentially consistent here; what
- * fences do is not tried.
+ * so blocks and ranks meet in many orders. What memory is, others say: plain.h for
+ * peers_reduce.cu, races.h for dispatch and collect.
  *
  * For x86-64: a switch by six pushes is ten times faster than swapcontext, which asks the
  * kernel.
@@ -21,23 +21,10 @@
 #include <random>
 #include <vector>
 
-#define __device__
-#define __forceinline__ inline
-#define __global__
-#define __host__
-#define __launch_bounds__(threads, blocks)
-#define __grid_constant__
+#include "words.h"
 
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct Index { unsigned x = 0; };
-static Index blockIdx, gridDim, threadIdx;
+Index blockIdx, gridDim, threadIdx;
 using std::min;
-typedef void *cudaStream_t;
-enum { cudaSuccess = 0 };
-
-static inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) {
-  return {a, b, c, d};
-}
 
 /* ---- chance, time, and what was found ---- */
 
@@ -63,7 +50,7 @@ asm(".text\n"
     "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
     "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n");
 
-enum State { READY, AT_BARRIER, ENDED };
+enum State { READY, AT_BARRIER, AT_WARP, ENDED };
 struct Block;
 struct Fiber {
   Block *block;
@@ -154,40 +141,5 @@ static bool goes_on(Block *b, unsigned threads, int passes) {
   b->kernel->ended++, moved = ticks;
   return true;
 }
-
-/* ---- memory that others write ---- */
-
-static inline uint4 __ldcg(const uint4 *p) {
-  perhaps();
-  return *p;
-}
-static uint32_t load(const uint32_t *p) {
-  others();
-  return *(const volatile uint32_t *)p;
-}
-static void store(uint32_t *p, uint32_t v) {
-  others();
-  *(volatile uint32_t *)p = v;
-}
-static uint64_t peers_acquire(const uint64_t *p) {
-  others();
-  return *(const volatile uint64_t *)p;
-}
-static void peers_relaxed(uint64_t *p, uint64_t v) {
-  others();
-  if (v < *p) found("a flag is lowered");
-  if (v != *p) moved = ticks;
-  *p = v;
-}
-static uint32_t atomicCAS(uint32_t *p, uint32_t old, uint32_t v) {
-  others();
-  const uint32_t before = *p;
-  if (before == old) *p = v;
-  return before;
-}
-static void peers_fence() {}
-static void __threadfence_system() {}
-static uint64_t peers_time_ns() { return ticks; }
-static void __nanosleep(int) { others(); }
 
 #endif

@@ -8,7 +8,7 @@
  * threads do not reach, notices left behind, and ranks that wait for ever. After a fault
  * what is not the sum is NaN, or as it was where nothing was launched.
  */
-#include "fibers.h"
+#include "plain.h"
 
 #include <deque>
 
