@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from emulated_text import CSRC, HERE, between, needs_cxx, once
+from emulated_text import CSRC, HERE, assert_holds, assert_seen, between, needs_cxx, once
 
 UNITS = ("peers_dispatch", "peers_collect")
 HEADERS = ("cuda/common.cuh", "cuda/peers.cuh", "cuda/peers.h", "cuda/peers_slots.cuh",
@@ -167,12 +165,6 @@ def built(folder: Path, harness: Path, mistake: str | None = None) -> Path:
     return folder / "exchange"
 
 
-def run(program: Path, first: int, count: int, fault: str) -> str:
-    done = subprocess.run([str(program), str(first), str(count), fault], capture_output=True, text=True,
-                          timeout=280)
-    return done.stdout.strip() or f"it ended with {done.returncode}"
-
-
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What runs the kernels: compiled once, for the text as it is and for all mistakes in it."""
@@ -190,17 +182,9 @@ def program(harness: Path) -> Path:
 @needs_cxx
 @pytest.mark.parametrize("fault", FAULTS)
 def test_all_orders_exchange(program: Path, fault: str) -> None:
-    count = FAULTS[fault] * int(os.environ.get("LINA_EMULATED", "1"))
-    assert run(program, 1, count, fault) == f"{count} runs, fault {fault}: ok"
+    assert_holds(program, FAULTS[fault], fault)
 
 
 @needs_cxx
 def test_mistakes_are_seen(harness: Path, tmp_path: Path) -> None:
-    def look(mistake: str) -> str:
-        made = built(tmp_path / str(list(MISTAKES).index(mistake)), harness, mistake)
-        return run(made, 1, 400, SEEN_AFTER.get(mistake, "none"))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = dict(zip(MISTAKES, pool.map(look, MISTAKES), strict=True))
-    unseen = {mistake: text for mistake, text in said.items() if not text.startswith("FOUND: ")}
-    assert not unseen, unseen
+    assert_seen(MISTAKES, SEEN_AFTER, tmp_path, lambda folder, mistake: built(folder, harness, mistake))

@@ -19,7 +19,7 @@ from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.watched import ordered
 from lina.parallel.mesh import groups
 from lina.parallel.plan.decide import Plan
-from lina.parallel.settings import common, meshes, settings
+from lina.parallel.settings import common, set_degree
 from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
 from lina.parallel.transport.carriers import agree_degree
@@ -97,9 +97,7 @@ class DataParallel(DistributedDataParallel):
             degree = (1, 1)                    # while it observes
         if schedule == "lina":
             degree = agree_degree("ddp", [*spread_meshes(holders), mesh][0], degree, world)
-        if degree is not None:
-            for one in meshes(module, mesh):
-                settings(one).degree = degree
+        set_degree(module, mesh, degree)
         if state is not None:
             state.queue(next(module.parameters()).device)      # by all ranks together, now
             self.gently = state

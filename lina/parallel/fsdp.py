@@ -19,7 +19,7 @@ from lina.parallel.gradients.hook import HookState, over_meshes, user_settings
 from lina.parallel.gradients.reduce import ExpertReducer
 from lina.parallel.gradients.reduce_scatter import AtOnce, ReduceScatter
 from lina.parallel.mesh import groups
-from lina.parallel.settings import common, meshes, settings
+from lina.parallel.settings import common, set_degree
 from lina.parallel.slots import layers
 from lina.parallel.tokens.dispatch import eagerly
 from lina.parallel.transport.carriers import agree_degree
@@ -119,9 +119,7 @@ def fsdp(model: nn.Module, mesh: DeviceMesh, *, schedule: str = "plain",
         before.remove()
     reducer = _Experts(model, experts, state, may_be_unused=find_unused_parameters)
     reducer.broadcast()
-    if degree is not None:
-        for one in meshes(model, mesh):
-            settings(one).degree = degree
+    set_degree(model, mesh, degree)
     if state is not None:
         state.queue(next(model.parameters()).device)         # by all ranks together, now
         reducer.queue = state.queue

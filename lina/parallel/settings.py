@@ -82,6 +82,13 @@ def meshes(model: nn.Module, *more: DeviceMesh) -> list[DeviceMesh]:
     return list({id(m): m for m in (*more, *spread)}.values())
 
 
+def set_degree(model: nn.Module, mesh: DeviceMesh, degree: tuple[int, int] | None) -> None:
+    """For ``mesh`` and every mesh of ``model``; None leaves them as they are."""
+    if degree is not None:
+        for one in meshes(model, mesh):
+            settings(one).degree = degree
+
+
 def common(model: nn.Module, mesh: DeviceMesh, schedule: str, degree: Any) -> dict[str, Any]:
     """What ranks that wrap ``model`` must have in common, by name. Not cap_bytes: the least of all counts."""
     found = meshes(model, mesh)

@@ -211,21 +211,12 @@ struct Run {
   }
 };
 
+static void run_one(int fault) {
+  Run run((Fault)fault);
+  run.go();
+  run.check();
+}
+
 int main(int argc, char **argv) {
-  static const char *const names[] = {"none", "stop", "death", "mismatch", "abort"};
-  if (argc != 4) return 2;
-  Fault fault = NONE;
-  for (int f = NONE; f <= ABORT; f++)
-    if (!strcmp(argv[3], names[f])) fault = (Fault)f;
-  const uint64_t first = strtoull(argv[1], NULL, 10), count = strtoull(argv[2], NULL, 10);
-  for (uint64_t n = first; n < first + count; n++) {
-    char text[64];
-    snprintf(text, sizeof text, "number %llu, fault %s", (unsigned long long)n, names[fault]);
-    scene = text;
-    chance.seed(n * 77 + 5);
-    Run run(fault);
-    run.go();
-    run.check();
-  }
-  printf("%llu runs, fault %s: ok\n", (unsigned long long)count, names[fault]);
+  return runs(argc, argv, {"none", "stop", "death", "mismatch", "abort"}, run_one);
 }

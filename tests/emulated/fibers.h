@@ -142,4 +142,25 @@ static bool goes_on(Block *b, unsigned threads, int passes) {
   return true;
 }
 
+/* ---- the program ---- */
+
+/* FIRST COUNT FAULT: draws `one` run by each of COUNT numbers; `names` of faults, the first is none. */
+static int runs(int argc, char **argv, const std::vector<const char *> &names,
+                void (*one)(int fault)) {
+  if (argc != 4) return 2;
+  size_t fault = 0;
+  while (fault < names.size() && strcmp(argv[3], names[fault])) fault++;
+  if (fault == names.size()) return 2;
+  const uint64_t first = strtoull(argv[1], NULL, 10), count = strtoull(argv[2], NULL, 10);
+  for (uint64_t n = first; n < first + count; n++) {
+    char text[64];
+    snprintf(text, sizeof text, "number %llu, fault %s", (unsigned long long)n, names[fault]);
+    scene = text;
+    chance.seed(n * 77 + 5);
+    one((int)fault);
+  }
+  printf("%llu runs, fault %s: ok\n", (unsigned long long)count, names[fault]);
+  return 0;
+}
+
 #endif

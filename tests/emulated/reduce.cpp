@@ -264,28 +264,18 @@ template <class T> struct Run {
   }
 };
 
-template <class T> static void run_one(Fault fault) {
+template <class T> static void run_of(Fault fault) {
   Run<T> run(fault);
   run.go();
   run.check();
 }
+static void run_one(int fault) {
+  if (!fault && draw(2)) /* integers know no NaN */
+    run_of<int16_t>((Fault)fault);
+  else
+    run_of<float>((Fault)fault);
+}
 
 int main(int argc, char **argv) {
-  static const char *const names[] = {"none", "death", "mismatch", "abort"};
-  if (argc != 4) return 2;
-  Fault fault = NONE;
-  for (int f = NONE; f <= ABORT; f++)
-    if (!strcmp(argv[3], names[f])) fault = (Fault)f;
-  const uint64_t first = strtoull(argv[1], NULL, 10), count = strtoull(argv[2], NULL, 10);
-  for (uint64_t n = first; n < first + count; n++) {
-    char text[64];
-    snprintf(text, sizeof text, "number %llu, fault %s", (unsigned long long)n, names[fault]);
-    scene = text;
-    chance.seed(n * 77 + 5);
-    if (!fault && draw(2)) /* integers know no NaN */
-      run_one<int16_t>(fault);
-    else
-      run_one<float>(fault);
-  }
-  printf("%llu runs, fault %s: ok\n", (unsigned long long)count, names[fault]);
+  return runs(argc, argv, {"none", "death", "mismatch", "abort"}, run_one);
 }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lina.parallel.experts import together
+from lina.parallel.experts import agree, together
 from lina.parallel.mesh import groups
-from lina.parallel.settings import chosen
+from lina.parallel.settings import Settings, chosen
 from lina.parallel.transport.base import Transport, failure
 from lina.parallel.transport.c10d import C10d
 from lina.parallel.transport.nccl import NCCL
@@ -46,16 +47,15 @@ def agree_degree(op: str, mesh: DeviceMesh, degree: tuple[int, int] | None,
     slow, for there more cost more than they hide; c10d's are not measured.
 
     Raises:
-        ValueError: ranks that were told different things, on every rank.
+        ValueError: a degree outside its limits; ranks that were told different things, on every rank.
         RuntimeError: the transport cannot be made on one of them; on every rank.
     """
-    name, several = chosen(mesh), groups(mesh).ep.size() > 1
-    told = together(f"{op}: passes", world, lambda: (degree, name, several))
-    if len(set(map(repr, told))) > 1:
-        raise ValueError(f"{op}: the ranks differ in degree or transport; here: {degree}, {name}")
+    name, size = chosen(mesh), groups(mesh).ep.size()
+    degree = degree and Settings(degree=degree).degree     # within its limits
+    agree(op, {"degree": degree, "transport": name, "ep": size}, world, torch.device(mesh.device_type))
     if degree is not None:
         return degree
-    fast = name == "p2p" or (name == "nccl" and (not several or all(
+    fast = name == "p2p" or (name == "nccl" and (size == 1 or all(
         together(f"{op}: measuring links", world, lambda: transport(mesh).fast))))
     return (1, 1) if fast else SLOW_DEGREE
 
